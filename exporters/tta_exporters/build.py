@@ -1,0 +1,383 @@
+"""Building a bundle: one network, one adapter, several methods; graphs, weights, theta and manifest in a directory."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from tta_adapters.base import Batch, Method, MethodSpec, State, init_state
+from tta_adapters.methods import OptionValue, UnknownMethodError, UnknownOptionError, make_method
+from tta_adapters.norm import NormAdapter
+from tta_adapters.select import SelectionError
+from tta_exporters.emit import emit
+from tta_exporters.errors import NetworkRefused, OptionError, OutputExists
+from tta_exporters.preprocess import Preprocess
+from tta_exporters.trace import EXAMPLE_BATCH, Argument, trace
+from tta_exporters.weights import WeightsWriter
+from tta_runtime import __version__, bundle, manifest
+from tta_runtime.theta import make_layout
+
+logger = logging.getLogger(__name__)
+
+FORWARD = "forward"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """What the user sends.
+
+    Attributes:
+        shape: without the batch, e.g. (3, 32, 32).
+        dtype: "float32" or "uint8".
+        preprocess: from there to what the network was trained on.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    preprocess: Preprocess = field(default_factory=Preprocess)
+
+    def example(self, batch: int, seed: int = 0) -> Tensor:
+        """[batch, *shape] of the declared dtype, uniform over low..high."""
+        generator = torch.Generator().manual_seed(seed)
+        low, high = self.preprocess.low, self.preprocess.high
+        x = low + (high - low) * torch.rand([batch, *self.shape], generator=generator)
+        return x.to(torch.uint8) if self.dtype == "uint8" else x
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    Attributes:
+        model_id: a name for people.
+        input: see :class:`InputOptions`.
+        classes: length of the logits.
+        methods: names, the first that trains or moves statistics becomes the default.
+        settings: options by method name and option name.
+        include: patterns of modules whose affine parameters are trained.
+        exclude: patterns to leave out.
+        class_names: for people, or None.
+        head: path of the classifier module, or None for the last Linear.
+        default_method: or None for the rule above.
+        provenance: facts recorded in the manifest.
+    """
+
+    model_id: str
+    input: InputOptions
+    classes: int
+    methods: Sequence[str]
+    settings: Mapping[str, Mapping[str, OptionValue]] = field(default_factory=dict)
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    class_names: Sequence[str] | None = None
+    head: str | None = None
+    default_method: str | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle just built, with the torch side it was compiled from (the oracle of a parity check)."""
+
+    path: Path
+    manifest: manifest.Manifest
+    adapter: NormAdapter
+    methods: Mapping[str, Method]
+    options: BuildOptions
+
+
+def prepare(network: nn.Module, options: BuildOptions) -> tuple[NormAdapter, dict[str, Method]]:
+    """The adapter and the methods of a build, checked against the network.
+
+    Raises:
+        NetworkRefused: no normalisation layer, or logits of another shape than [batch, classes].
+        OptionError: an unknown method or option.
+    """
+    try:
+        adapter = NormAdapter(
+            network,
+            include=options.include,
+            exclude=options.exclude,
+            preprocess=options.input.preprocess,
+            head=options.head,
+        )
+        _check_logits(adapter, options)
+        strangers = sorted(set(options.settings) - set(options.methods))
+        if strangers:
+            raise OptionError(
+                f"settings for {', '.join(strangers)}, which is not built",
+                f"methods are {', '.join(options.methods)}",
+            )
+        methods = {name: make_method(name, adapter, options.settings.get(name)) for name in options.methods}
+    except SelectionError as error:
+        raise NetworkRefused(
+            str(error), "give a network with BatchNorm, LayerNorm, GroupNorm or RMSNorm"
+        ) from error
+    except (UnknownMethodError, UnknownOptionError) as error:
+        raise OptionError(str(error), "see `tta-export build --help`") from error
+    return adapter, methods
+
+
+def build(network: nn.Module, options: BuildOptions, out: Path, *, progress: Progress = logger.info) -> Built:
+    """Compiles a network and its methods into a bundle directory.
+
+    The directory appears complete or not at all: everything is written beside it and renamed at the end.
+
+    Args:
+        network: [batch, *input.shape] -> logits [batch, classes]; left as it is.
+        options: what to build.
+        out: the directory to make; it must not exist or be empty.
+        progress: told what is being done, one line each.
+
+    Raises:
+        OutputExists: ``out`` holds something.
+        NetworkRefused, OptionError, TraceFailed, OperatorNotSupported: see each.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExists(f"{out} exists and is not empty", "remove it or choose another -o")
+    adapter, methods = prepare(network, options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        sealed = _write(adapter, methods, options, work, progress)
+        work.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        work.rename(out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return Built(out, sealed, adapter, methods, options)
+
+
+def _check_logits(adapter: NormAdapter, options: BuildOptions) -> None:
+    x = options.input.example(EXAMPLE_BATCH)
+    try:
+        with torch.no_grad():
+            logits = adapter.forward(adapter.unpack(adapter.source_theta()), x).logits
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise NetworkRefused(
+            f"the network fails on an input of shape {list(x.shape)}: {str(error).splitlines()[0]}",
+            "check --input against what the network takes",
+        ) from error
+    if not isinstance(logits, Tensor) or list(logits.shape) != [EXAMPLE_BATCH, options.classes]:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise NetworkRefused(
+            f"the network returns {found}, expected logits [{EXAMPLE_BATCH}, {options.classes}]",
+            "check --classes; the network must return one tensor of logits",
+        )
+
+
+def _write(
+    adapter: NormAdapter,
+    methods: Mapping[str, Method],
+    options: BuildOptions,
+    work: Path,
+    progress: Progress,
+) -> manifest.Manifest:
+    graphs: dict[str, manifest.Graph] = {}
+    with WeightsWriter(work) as weights:
+        progress("forward: tracing and lowering")
+        graphs[FORWARD] = _forward_graph(adapter, options, work, weights)
+        for name, method in methods.items():
+            if method.spec.trains:
+                progress(f"step.{name}: tracing and lowering")
+                graphs[f"step.{name}"] = _step_graph(name, adapter, method, options, work, weights)
+    progress("theta, anchor, manifest")
+    source = adapter.source_theta().numpy()
+    layout, vector = make_layout(
+        [
+            (
+                entry.name,
+                source[entry.offset : entry.offset + entry.size].reshape(entry.shape),
+                entry.kind,
+                entry.trained,
+            )
+            for entry in adapter.tensors
+        ]
+    )
+    bundle.write_tensors(
+        work / manifest.THETA,
+        {
+            entry.name: np.ascontiguousarray(
+                vector[entry.offset : entry.offset + entry.size].reshape(entry.shape)
+            )
+            for entry in adapter.tensors
+        },
+    )
+    bundle.write_tensors(work / manifest.ANCHOR, {})
+    unsealed = manifest.Manifest(
+        model_id=options.model_id,
+        input=manifest.InputSpec(
+            dtype=options.input.dtype,
+            shape=["batch", *options.input.shape],
+            low=options.input.preprocess.low,
+            high=options.input.preprocess.high,
+            layout="NCHW" if len(options.input.shape) == 3 else "flat",
+        ),
+        classes=options.classes,
+        class_names=list(options.class_names) if options.class_names is not None else None,
+        adapter=adapter.name,
+        theta=layout,
+        graphs=graphs,
+        methods={name: _describe(name, method.spec) for name, method in methods.items()},
+        default_method=options.default_method
+        or next((name for name, method in methods.items() if method.spec.trains), next(iter(methods))),
+        provenance={
+            "tta-runtime": __version__,
+            "torch": str(torch.__version__),
+            "onnx": onnx.__version__,
+            "python": platform.python_version(),
+            **options.provenance,
+        },
+    )
+    return bundle.seal(work, unsealed)
+
+
+def _describe(name: str, spec: MethodSpec) -> manifest.MethodSpec:
+    return manifest.MethodSpec(
+        doc=spec.doc,
+        step=f"step.{name}" if spec.trains else None,
+        logits=spec.logits,
+        state=[
+            manifest.StateSpec(name=entry.name, dtype="float32", shape=list(entry.shape), init=entry.init)
+            for entry in spec.state
+        ],
+        hyper=[
+            manifest.HyperSpec(
+                name=entry.name, default=entry.default, doc=entry.doc, low=entry.low, high=entry.high
+            )
+            for entry in spec.hyper
+        ],
+        report=list(spec.report),
+        min_batch=spec.min_batch,
+        rand=spec.rand,
+    )
+
+
+def _forward_graph(
+    adapter: NormAdapter, options: BuildOptions, work: Path, weights: WeightsWriter
+) -> manifest.Graph:
+    def forward(x: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            out = adapter.forward(adapter.unpack(theta), x)
+        return out.logits, out.features
+
+    arguments = [
+        Argument("x", options.input.example(EXAMPLE_BATCH), dynamic=True),
+        Argument("theta", adapter.source_theta(), dynamic=False),
+    ]
+    binds = [("batch", "x"), ("theta", ""), ("logits", ""), ("features", "")]
+    return _compile(
+        FORWARD, "serve", forward, arguments, ["logits", "features"], binds, adapter, work, weights
+    )
+
+
+def _step_graph(
+    name: str,
+    adapter: NormAdapter,
+    method: Method,
+    options: BuildOptions,
+    work: Path,
+    weights: WeightsWriter,
+) -> manifest.Graph:
+    source = adapter.source_theta()
+    state = init_state(method.spec, source)
+    anchor = method.anchor()
+    inputs: list[tuple[str, str, str, Tensor, bool]] = [
+        ("x", "batch", "x", options.input.example(EXAMPLE_BATCH), True),
+        ("weight", "batch", "weight", torch.ones(EXAMPLE_BATCH), True),
+        ("theta", "theta", "", source, False),
+        *((f"state.{key}", "state", key, value, False) for key, value in state.items()),
+        *((f"anchor.{key}", "anchor", key, value, False) for key, value in anchor.items()),
+        ("hyper", "hyper", "", method.spec.default_hyper(), False),
+        ("rand", "rand", "", torch.rand(method.spec.rand), False),
+    ]
+    inputs = [entry for entry in inputs if entry[3].numel() > 0]
+    outputs = [
+        ("logits", "logits", ""),
+        ("theta_out", "theta", ""),
+        *((f"state_out.{key}", "state", key) for key in state),
+        ("report", "report", ""),
+    ]
+    empty = torch.zeros(0)
+
+    def step(*values: Tensor) -> tuple[Tensor, ...]:
+        given: dict[tuple[str, str], Tensor] = {
+            (bind, key): value for (_, bind, key, _, _), value in zip(inputs, values, strict=True)
+        }
+        given_state: State = {key: given["state", key] for key in state}
+        out = method.step(
+            Batch(given["batch", "x"], given["batch", "weight"]),
+            given["theta", ""],
+            given_state,
+            {key: given["anchor", key] for key in anchor},
+            given.get(("hyper", ""), empty),
+            given.get(("rand", ""), empty),
+        )
+        return (out.logits, out.theta, *(out.state[key] for key in state), out.report)
+
+    return _compile(
+        f"step.{name}",
+        "step",
+        step,
+        [Argument(entry, example, dynamic) for entry, _, _, example, dynamic in inputs],
+        [entry for entry, _, _ in outputs],
+        [*((bind, key) for _, bind, key, _, _ in inputs), *((bind, key) for _, bind, key in outputs)],
+        adapter,
+        work,
+        weights,
+    )
+
+
+def _compile(
+    key: str,
+    role: str,
+    function: Callable[..., tuple[Tensor, ...]],
+    arguments: Sequence[Argument],
+    outputs: Sequence[str],
+    binds: Sequence[tuple[str, str]],
+    adapter: NormAdapter,
+    work: Path,
+    weights: WeightsWriter,
+) -> manifest.Graph:
+    """Traces, lowers and writes one graph; ``binds`` are (bind, key) of the inputs, then of the outputs."""
+    model = emit(trace(function, arguments, adapter.module), arguments, outputs, adapter.module)
+    weights.externalise(model)
+    file = f"{key}.onnx"
+    ir.save(model, work / file)
+    values = [*model.graph.inputs, *model.graph.outputs]
+    bound = dict(zip([*(argument.name for argument in arguments), *outputs], binds, strict=True))
+    ports = [_port(value, *bound[str(value.name)]) for value in values]
+    count = len(model.graph.inputs)
+    return manifest.Graph(file=file, role=role, inputs=ports[:count], outputs=ports[count:])
+
+
+_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.UINT8: "uint8", ir.DataType.INT64: "int64"}
+
+
+def _port(value: ir.Value, bind: str, key: str) -> manifest.Port:
+    shape = value.shape
+    if shape is None or value.dtype not in _DTYPES:
+        raise NetworkRefused(
+            f"graph value {value.name} has dtype {value.dtype} and shape {shape}", "this is a bug"
+        )
+    return manifest.Port(
+        name=str(value.name),
+        dtype=_DTYPES[value.dtype],
+        shape=[axis if isinstance(axis, int) else "batch" for axis in shape],
+        bind=bind,
+        key=key,
+    )

@@ -1,0 +1,92 @@
+"""Checking a bundle: its files, its graphs on ONNX Runtime, on request TensorRT and parity with the torch source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from tta_exporters.tensorrt import build_plan
+from tta_runtime import Bundle, Engines, Model
+from tta_runtime.errors import TtaError
+from tta_runtime.manifest import InputSpec
+
+_BATCHES = (4, 7)
+"""Two sizes: a batch dimension that was silently fixed fails one of them."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the result: a graph, what was asked of it, whether it passed, and how or why not."""
+
+    graph: str
+    check: str
+    ok: bool
+    detail: str
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def check_bundle(path: Path, *, tensorrt: bool = False) -> Iterator[Check]:
+    """Checks every graph of a bundle; yields as it goes, never stops at the first failure.
+
+    Args:
+        path: the bundle directory.
+        tensorrt: also parse and build every graph with the TensorRT-RTX builder.
+
+    Raises:
+        BundleError: the directory is no bundle, so there is nothing to check graph by graph.
+        ExtraMissing: ``tensorrt`` asked for without the builder installed.
+    """
+    bundle = Bundle.open(path)
+    for key, graph in bundle.manifest.graphs.items():
+        yield _attempt(key, "onnx checker", lambda file=path / graph.file: _onnx_check(file))
+    engines = Engines.load(bundle)
+    for name, method in bundle.manifest.methods.items():
+        key = method.step or method.serve
+        yield _attempt(key, f"runs ({name})", lambda name=name: _run(engines, name))
+    if tensorrt:
+        for key, graph in bundle.manifest.graphs.items():
+            yield _attempt(
+                key,
+                "tensorrt",
+                lambda key=key, graph=graph: f"plan of {build_plan(path, key, graph).plan_bytes} bytes",
+            )
+
+
+def example_batch(spec: InputSpec, batch: int, seed: int) -> NDArray[np.float32] | NDArray[np.uint8]:
+    """Uniform noise over the declared range, [batch, ...] of the declared dtype."""
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    shape = [batch, *(int(axis) for axis in spec.shape[1:])]
+    x = spec.low + (spec.high - spec.low) * generator.random(shape, dtype=np.float32)
+    return x.astype(np.uint8) if spec.dtype == "uint8" else x.astype(np.float32)
+
+
+def _attempt(graph: str, check: str, run: Callable[[], str]) -> Check:
+    try:
+        return Check(graph, check, True, run())
+    except TtaError as error:
+        return Check(graph, check, False, str(error))
+    except onnx.checker.ValidationError as error:
+        return Check(graph, check, False, str(error).splitlines()[0])
+
+
+def _onnx_check(file: Path) -> str:
+    onnx.checker.check_model(str(file), full_check=True)
+    return f"{file.stat().st_size} bytes"
+
+
+def _run(engines: Engines, method: str) -> str:
+    model = Model(engines, method)
+    for batch in _BATCHES:
+        step = model.adapt(example_batch(model.manifest.input, batch, seed=batch))
+        if not np.isfinite(step.logits).all():
+            raise TtaError(f"logits of a batch of {batch} are not finite", "the model overflows on noise")
+    moved = "theta moved" if model.distance > 0 else "theta unchanged"
+    return f"batches {_BATCHES[0]} and {_BATCHES[1]}, {moved}"

@@ -1,0 +1,263 @@
+"""tta-export: build, check and describe bundles."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tta_runtime.errors import TtaError
+
+EPILOG = (
+    "Exit codes: 0 done; 1 a check failed; 2 wrong usage or option; 4 the model, weights or bundle is refused; "
+    "5 a package is missing; 130 interrupted."
+)
+CHECK_FAILED, USAGE, REFUSED, MISSING, INTERRUPTED = 1, 2, 4, 5, 130
+
+app = typer.Typer(
+    help="Compile a trained model and adaptation methods into a bundle that runs without PyTorch.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point: errors become one line of cause and fix and a documented exit code."""
+    try:
+        app(standalone_mode=True)
+    except ImportError as error:
+        _fail(f"{error.name or error} is not installed. pip install 'tta-runtime[export]'.", MISSING)
+    except TtaError as error:
+        codes = {"option": USAGE, "output-exists": USAGE, "extra-missing": MISSING, "parity": CHECK_FAILED}
+        _fail(str(error), codes.get(error.code, REFUSED))
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[red]error:[/red] {message}", soft_wrap=True, highlight=False)
+    sys.exit(code)
+
+
+@app.command(epilog=EPILOG)
+def build(
+    source: Annotated[
+        str, typer.Argument(help="FILE.py:factory, timm:NAME, torchvision:NAME or hf:DIR. A file is executed.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Bundle directory to make.")],
+    input_shape: Annotated[str, typer.Option("--input", help="Shape without the batch, e.g. 3x32x32.")],
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors, or a torch state dict (weights only).")
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Comma list; the first that adapts is the default.")] = (
+        "source,norm,tent"
+    ),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="METHOD.OPTION=VALUE, e.g. tent.lr=0.001. Repeatable.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of norm layers to train. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of norm layers to freeze. Repeatable.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="What users send: float32 or uint8.")] = "float32",
+    value_range: Annotated[str, typer.Option("--range", help="Range users send, LOW:HIGH.")] = "0:1",
+    mean: Annotated[str, typer.Option(help="Per-channel mean in units of 0..1, e.g. .485,.456,.406.")] = "",
+    std: Annotated[str, typer.Option(help="Per-channel standard deviation, likewise.")] = "",
+    raw_range: Annotated[
+        bool, typer.Option(help="The network takes LOW..HIGH itself: do not scale to 0..1.")
+    ] = False,
+    head: Annotated[str | None, typer.Option(help="Path of the classifier module (default: last Linear).")] = None,
+    class_names: Annotated[str | None, typer.Option(help="Comma list of class names.")] = None,
+    model_id: Annotated[str | None, typer.Option("--id", help="Name of the model (default: from SOURCE).")] = None,
+    default_method: Annotated[str | None, typer.Option(help="Method served by default.")] = None,
+    parity_steps: Annotated[
+        int, typer.Option("--parity", min=0, help="Compare with eager torch over N steps; 0 skips.")
+    ] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compile a model and methods into a bundle.
+
+    Example: tta-export build models.py:resnet8 --weights w.safetensors --input 3x32x32 --classes 10 -o bundle
+    """
+    from tta_exporters.build import BuildOptions, InputOptions
+    from tta_exporters.build import build as build_bundle
+    from tta_exporters.check import example_batch
+    from tta_exporters.errors import OptionError
+    from tta_exporters.parity import parity, reference
+    from tta_exporters.preprocess import Preprocess
+    from tta_exporters.sources import load_network
+    from tta_runtime import Model
+
+    if dtype not in ("float32", "uint8"):
+        raise OptionError(f"--dtype is {dtype!r}", "choose float32 or uint8")
+    low, high = _numbers(value_range, ":", "--range", count=2)
+    options = BuildOptions(
+        model_id=model_id or source.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1],
+        input=InputOptions(
+            _shape(input_shape),
+            dtype,
+            Preprocess(
+                low, high, _numbers(mean, ",", "--mean"), _numbers(std, ",", "--std"), scale=not raw_range
+            ),
+        ),
+        classes=classes,
+        methods=[name.strip() for name in methods.split(",") if name.strip()],
+        settings=_settings(settings or []),
+        include=include or ["*"],
+        exclude=exclude or [],
+        class_names=class_names.split(",") if class_names else None,
+        head=head,
+        default_method=default_method,
+        provenance={"source": source.rsplit("/", 1)[-1], "weights": weights.name if weights else "none"},
+    )
+    network = load_network(source, weights)
+    console = Console(stderr=True)
+    with console.status("building") as status:
+
+        def tell(line: str) -> None:
+            status.update(line)
+            console.print(f"  {line}", style="dim", highlight=False)
+
+        built = build_bundle(network, options, out, progress=tell)
+        worst: dict[str, dict[str, object]] = {}
+        for name in options.methods if parity_steps else ():
+            tell(f"{name}: parity with torch in float64 over {parity_steps} steps")
+            batches = [example_batch(built.manifest.input, 8, seed) for seed in range(parity_steps)]
+            report = parity(Model.open(out, method=name), reference(network, options, name), batches)
+            worst[name] = {"output": report.worst.output, "error": report.worst.median}
+            report.require()
+    size = sum(entry.bytes for entry in built.manifest.files.values())
+    if as_json:
+        _print_json({"bundle": str(out), "bytes": size, "theta": built.manifest.theta.size, "parity": worst})
+        return
+    Console().print(
+        f"{out}: {size / 1e6:.1f} MB, theta {built.manifest.theta.size} values "
+        f"({built.manifest.theta.trained} trained), methods {', '.join(built.methods)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, entry in worst.items():
+        Console().print(f"  {name}: worst deviation {entry['error']:.1e} in {entry['output']}", highlight=False)
+
+
+@app.command(epilog=EPILOG)
+def check(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="Also build every graph with TensorRT-RTX (no GPU needed).")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+) -> None:
+    """Check a bundle's files and run every graph; exit 0 only if all pass.
+
+    Example: tta-export check bundle --tensorrt --json result.json
+    """
+    from tta_exporters.check import check_bundle
+
+    console = Console()
+    results = []
+    with Console(stderr=True).status("checking"):
+        for result in check_bundle(bundle, tensorrt=tensorrt):
+            results.append(result)
+            mark = "[green]ok[/green]  " if result.ok else "[red]FAIL[/red]"
+            console.print(f"{mark} {result.graph:14s} {result.check:16s} {result.detail}", soft_wrap=True)
+    ok = all(result.ok for result in results)
+    if json_file is not None:
+        json_file.write_text(
+            json.dumps({"ok": ok, "checks": [result.as_dict() for result in results]}, indent=2)
+        )
+    if not ok:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@app.command(epilog=EPILOG)
+def info(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    theta: Annotated[bool, typer.Option("--theta", help="List theta tensor by tensor.")] = False,
+) -> None:
+    """Describe a bundle: model, input, theta, methods with their settings, graphs.
+
+    Example: tta-export info bundle --theta
+    """
+    import msgspec
+
+    from tta_runtime import Bundle
+
+    manifest = Bundle.open(bundle).manifest
+    if as_json:
+        _print_json(msgspec.to_builtins(manifest))
+        return
+    console = Console()
+    spec = manifest.input
+    console.print(
+        f"[bold]{manifest.model_id}[/bold]  {spec.dtype} {spec.shape} in {spec.low:g}..{spec.high:g}, "
+        f"{manifest.classes} classes\ntheta {manifest.theta.size} values, {manifest.theta.trained} trained, "
+        f"digest {manifest.theta.digest[:12]}"
+    )
+    table = Table("method", "what it does", "settings", "report")
+    for name, method in manifest.methods.items():
+        hyper = "\n".join(f"{entry.name}={entry.default:g}" for entry in method.hyper)
+        title = f"{name} (default)" if name == manifest.default_method else name
+        table.add_row(title, method.doc, hyper, "\n".join(method.report))
+    console.print(table)
+    if theta:
+        listing = Table("tensor", "shape", "kind", "trained", "offset")
+        for entry in manifest.theta.entries:
+            trained = "yes" if entry.trained else ""
+            listing.add_row(entry.name, str(entry.shape), entry.kind, trained, str(entry.offset))
+        console.print(listing)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    from tta_exporters.errors import OptionError
+
+    parts = text.lower().split("x")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise OptionError(f"--input is {text!r}", "write lengths joined by x, e.g. 3x32x32")
+    return tuple(int(part) for part in parts)
+
+
+def _numbers(text: str, separator: str, name: str, count: int | None = None) -> list[float]:
+    from tta_exporters.errors import OptionError
+
+    try:
+        values = [float(part) for part in text.split(separator)] if text else []
+    except ValueError as error:
+        raise OptionError(f"{name} is {text!r}", f"write numbers joined by {separator!r}") from error
+    if count is not None and len(values) != count:
+        raise OptionError(f"{name} has {len(values)} numbers, expected {count}", f"e.g. 0{separator}1")
+    return values
+
+
+def _settings(entries: list[str]) -> dict[str, dict[str, str | float | bool]]:
+    from tta_exporters.errors import OptionError
+
+    settings: dict[str, dict[str, str | float | bool]] = {}
+    for entry in entries:
+        key, separator, value = entry.partition("=")
+        method, dot, option = key.partition(".")
+        if not (separator and dot and option and value):
+            raise OptionError(f"--set {entry!r}", "write METHOD.OPTION=VALUE, e.g. tent.lr=0.001")
+        settings.setdefault(method, {})[option] = value
+    return settings
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+logging.getLogger("tta_exporters").addHandler(logging.NullHandler())
+
+if __name__ == "__main__":
+    main()
