@@ -1,8 +1,8 @@
 """The norm adapter: theta is the affine parameters and running statistics of normalisation layers.
 
-No module of the user's network is replaced. While the adapter runs the network, calls of torch's normalisation
-functions are answered by the functions of :mod:`tta_adapters.normalise`, so subclasses that wrap them (activation
-fused, channels last, ...) keep working.
+No module of the user's network is replaced. While the adapter runs the network, calls of torch's normalisation (and
+attention) functions are answered by those of :mod:`tta_adapters.normalise` and :mod:`tta_adapters.attention`, so
+subclasses that wrap them (activation fused, channels last, ...) keep working.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tta_adapters import normalise
+from tta_adapters.attention import attention
 from tta_adapters.base import Forward, Statistics, ThetaTensor
 from tta_adapters.select import Selected, SelectionError, describe, select_modules
 
@@ -62,7 +63,7 @@ class NormAdapter:
         self._preprocess = preprocess
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         floating = [value.dtype for value in self.module.parameters() if value.is_floating_point()]
-        self._dtype = floating[0] if floating else torch.float32
+        self.dtype = floating[0] if floating else torch.float32
         self.selection: list[Selected] = select_modules(
             self.module, NORM_TYPES, include=include, exclude=exclude
         )
@@ -147,7 +148,7 @@ class NormAdapter:
         if self._preprocess is not None:
             x = self._preprocess(x)
         # A network in float64 is the oracle of parity checks; its inputs arrive as users send them.
-        x = x.to(self._dtype)
+        x = x.to(self.dtype)
         try:
             with tape:
                 logits = torch.func.functional_call(self.module, dict(tensors), (x,))
@@ -192,7 +193,9 @@ def _find_head(module: nn.Module, head: str | None) -> nn.Module | None:
     modules = dict(module.named_modules())
     if head is not None:
         if head not in modules:
-            raise SelectionError(f"head {head!r} is no module of the network; modules end with {list(modules)[-3:]}")
+            raise SelectionError(
+                f"head {head!r} is no module of the network; modules end with {list(modules)[-3:]}"
+            )
         return modules[head]
     linears = [value for value in modules.values() if isinstance(value, nn.Linear)]
     return linears[-1] if linears else None
@@ -223,6 +226,7 @@ class _NormTape(TorchFunctionMode):
             F.layer_norm: self._layer_norm,
             F.group_norm: self._group_norm,
             F.rms_norm: self._rms_norm,
+            F.scaled_dot_product_attention: self._attention,
         }
 
     def __torch_function__(
@@ -263,6 +267,23 @@ class _NormTape(TorchFunctionMode):
         share = self._statistics
         mean, var = (1 - share) * running_mean + share * mean, (1 - share) * running_var + share * var
         return normalise.scale_shift(x, mean, var, weight, bias, eps)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if enable_gqa or not _wants_gradient(query, key, value):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
     def _layer_norm(
         self,

@@ -192,9 +192,7 @@ def refused_sample_has_no_say_in_the_objective(case: Case) -> Iterator[str]:
 
 def logits_are_as_declared(case: Case) -> Iterator[str]:
     """A method that returns logits "before" the update does not let the learning rate touch them."""
-    if case.method.spec.logits != "before" or not any(
-        entry.name == "lr" for entry in case.method.spec.hyper
-    ):
+    if case.method.spec.logits != "before" or not any(entry.name == "lr" for entry in case.method.spec.hyper):
         return
     x = case.batches[0]
     spec = case.method.spec

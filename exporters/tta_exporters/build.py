@@ -166,7 +166,8 @@ def _check_logits(adapter: NormAdapter, options: BuildOptions) -> None:
     x = options.input.example(EXAMPLE_BATCH)
     try:
         with torch.no_grad():
-            logits = adapter.forward(adapter.unpack(adapter.source_theta()), x).logits
+            theta = adapter.source_theta().to(adapter.dtype)
+            logits = adapter.forward(adapter.unpack(theta), x).logits
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise NetworkRefused(
             f"the network fails on an input of shape {list(x.shape)}: {str(error).splitlines()[0]}",

@@ -16,9 +16,9 @@ from tta_runtime.errors import TtaError
 
 EPILOG = (
     "Exit codes: 0 done; 1 a check failed; 2 wrong usage or option; 4 the model, weights or bundle is refused; "
-    "5 a package is missing; 130 interrupted."
+    "3 a package is missing; 130 interrupted."
 )
-CHECK_FAILED, USAGE, REFUSED, MISSING, INTERRUPTED = 1, 2, 4, 5, 130
+CHECK_FAILED, USAGE, MISSING, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 
 app = typer.Typer(
     help="Compile a trained model and adaptation methods into a bundle that runs without PyTorch.",
@@ -42,14 +42,16 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[red]error:[/red] {message}", soft_wrap=True, highlight=False)
+    # Messages may hold square brackets ([export], shapes), which rich would take for markup.
+    Console(stderr=True).print(f"error: {message}", soft_wrap=True, highlight=False, markup=False)
     sys.exit(code)
 
 
 @app.command(epilog=EPILOG)
 def build(
     source: Annotated[
-        str, typer.Argument(help="FILE.py:factory, timm:NAME, torchvision:NAME or hf:DIR. A file is executed.")
+        str,
+        typer.Argument(help="FILE.py:factory, timm:NAME, torchvision:NAME or hf:DIR. A file is executed."),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Bundle directory to make.")],
     input_shape: Annotated[str, typer.Option("--input", help="Shape without the batch, e.g. 3x32x32.")],
@@ -76,9 +78,13 @@ def build(
     raw_range: Annotated[
         bool, typer.Option(help="The network takes LOW..HIGH itself: do not scale to 0..1.")
     ] = False,
-    head: Annotated[str | None, typer.Option(help="Path of the classifier module (default: last Linear).")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Path of the classifier module (default: last Linear).")
+    ] = None,
     class_names: Annotated[str | None, typer.Option(help="Comma list of class names.")] = None,
-    model_id: Annotated[str | None, typer.Option("--id", help="Name of the model (default: from SOURCE).")] = None,
+    model_id: Annotated[
+        str | None, typer.Option("--id", help="Name of the model (default: from SOURCE).")
+    ] = None,
     default_method: Annotated[str | None, typer.Option(help="Method served by default.")] = None,
     parity_steps: Annotated[
         int, typer.Option("--parity", min=0, help="Compare with eager torch over N steps; 0 skips.")
@@ -147,7 +153,9 @@ def build(
         soft_wrap=True,
     )
     for name, entry in worst.items():
-        Console().print(f"  {name}: worst deviation {entry['error']:.1e} in {entry['output']}", highlight=False)
+        Console().print(
+            f"  {name}: worst deviation {entry['error']:.1e} in {entry['output']}", highlight=False
+        )
 
 
 @app.command(epilog=EPILOG)

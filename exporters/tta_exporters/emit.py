@@ -18,9 +18,11 @@ from tta_exporters.errors import OperatorNotSupported
 from tta_exporters.operators import translations
 from tta_exporters.passes.drop_noops import drop_noops
 from tta_exporters.passes.fold_constants import fold_constants
+from tta_exporters.passes.relu_masks import relu_masks
 from tta_exporters.trace import Argument
 
-OPSET = 18
+OPSET = 20
+"""The first opset with Gelu as one operator; ONNX Runtime reads it since 1.17."""
 
 
 def emit(
@@ -74,6 +76,12 @@ def _clean(model: ir.Model) -> None:
     for step in (
         ir_passes.IdentityEliminationPass(),
         ir_passes.CommonSubexpressionEliminationPass(),
+        ir_passes.RemoveUnusedNodesPass(),
+    ):
+        step(model)
+    # After common subexpressions are merged: this pass repeats small computations on purpose.
+    relu_masks(model)
+    for step in (
         ir_passes.RemoveUnusedNodesPass(),
         ir_passes.RemoveUnusedOpsetsPass(),
         ir_passes.ClearMetadataAndDocStringPass(),

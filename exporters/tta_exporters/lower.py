@@ -29,6 +29,7 @@ def decompositions() -> dict[OpOverload, Callable[..., object]]:
     table[aten.threshold_backward.default] = threshold_backward
     table[aten.max_pool2d_with_indices.default] = max_pool2d_with_indices
     table[aten.max_pool2d_with_indices_backward.default] = max_pool2d_backward
+    table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     table[aten.hardtanh_backward.default] = hardtanh_backward
     table[aten.squeeze.dims] = squeeze_dims
     table[aten._safe_softmax.default] = lambda x, dim, dtype=None: torch.softmax(x, dim, dtype=dtype)
@@ -121,7 +122,9 @@ def convolution_backward(
             )
     if output_mask[1]:
         raise OperatorNotSupported(
-            "aten.convolution_backward", "", "gradients of convolution weights are not trained by this adapter"
+            "aten.convolution_backward",
+            "",
+            "gradients of convolution weights are not trained by this adapter",
         )
     grad_bias = grad.sum([0, *spatial]) if output_mask[2] else None
     return grad_input, None, grad_bias
@@ -187,3 +190,45 @@ def max_pool2d_backward(
     # Not x.numel(): a symbolic count of elements has no ONNX form, a product with the batch has.
     flat = torch.zeros([x.shape[0] * math.prod(x.shape[1:])], dtype=grad.dtype)
     return flat.scatter_add(0, indices.reshape([-1]), grad.reshape([-1])).reshape(x.shape)
+
+
+def avg_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    """Gradient of average pooling: each window spreads its gradient evenly, a depthwise transposed convolution."""
+    del ceil_mode  # the output's size says all there is to say
+    kernel = [int(kernel_size[index % len(kernel_size)]) for index in range(2)]
+    step = [int(stride[index % len(stride)]) for index in range(2)] if len(stride) else kernel
+    pad = [int(padding[index % len(padding)]) for index in range(2)]
+    lengths, outputs = [int(n) for n in x.shape[2:]], [int(n) for n in grad.shape[2:]]
+    rows, columns = (
+        _window_sizes(length, output, k, s, p, padded=count_include_pad)
+        for length, output, k, s, p in zip(lengths, outputs, kernel, step, pad, strict=True)
+    )
+    counts = torch.outer(torch.tensor(rows), torch.tensor(columns)).to(grad.dtype)
+    share = torch.full_like(counts, 1.0 / divisor_override) if divisor_override else 1.0 / counts
+    channels = int(x.shape[1])
+    ones = torch.ones([channels, 1, *kernel], dtype=grad.dtype)
+    spread = torch.ops.aten.convolution(
+        grad * share, ones, None, step, [0, 0], [1, 1], True, [0, 0], channels
+    )
+    for axis, length, p in zip((2, 3), lengths, pad, strict=True):
+        missing = length + p - spread.shape[axis]
+        if missing > 0:
+            spread = torch.constant_pad_nd(spread, [0, missing] if axis == 3 else [0, 0, 0, missing])
+        spread = spread.narrow(axis, p, length)
+    return spread
+
+
+def _window_sizes(length: int, outputs: int, kernel: int, step: int, pad: int, *, padded: bool) -> list[int]:
+    """How many positions each window counts along one axis."""
+    low, high = (-pad, length + pad) if padded else (0, length)
+    starts = [index * step - pad for index in range(outputs)]
+    return [min(start + kernel, high) - max(start, low) for start in starts]

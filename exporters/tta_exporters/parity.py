@@ -22,6 +22,7 @@ from tta_adapters.base import Batch, Method, init_state
 from tta_exporters.build import BuildOptions, prepare
 from tta_exporters.errors import ParityError
 from tta_runtime import Model
+from tta_runtime.numerics import uniforms
 
 MEDIAN_TOLERANCE = 1e-4
 WORST_TOLERANCE = 5e-2
@@ -113,7 +114,7 @@ def parity(model: Model, oracle: Method, batches: Iterable[NDArray[np.generic]])
     hyper = torch.tensor([model.hyper[entry.name] for entry in oracle.spec.hyper], dtype=torch.float64)
     errors: dict[str, list[float]] = {}
     for x in batches:
-        rand = torch.from_numpy(_uniforms(model, oracle.spec.rand)).double()
+        rand = torch.from_numpy(uniforms(model.seed, model.steps, oracle.spec.rand)).double()
         found = model.step(x)
         weight = torch.ones(len(x), dtype=torch.float64)
         expected = oracle.step(Batch(torch.from_numpy(x), weight), theta, state, anchor, hyper, rand)
@@ -154,8 +155,3 @@ def _array(tensor: Tensor) -> Array:
 
 def _arrays(state: Mapping[str, Tensor]) -> dict[str, Array]:
     return {key: _array(value) for key, value in state.items()}
-
-
-def _uniforms(model: Model, count: int) -> Array:
-    generator = np.random.Generator(np.random.Philox(key=model.seed, counter=model.steps))
-    return generator.random(count, dtype=np.float32)

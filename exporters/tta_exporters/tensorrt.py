@@ -69,7 +69,8 @@ def build_plan(path: Path, key: str, graph: Graph) -> TensorRtResult:
     for port in graph.inputs:
         if "batch" in port.shape:
             profile.set_shape(
-                port.name, *[[batch if axis == "batch" else axis for axis in port.shape] for batch in _BATCHES]
+                port.name,
+                *[[batch if axis == "batch" else axis for axis in port.shape] for batch in _BATCHES],
             )
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
@@ -85,8 +86,6 @@ def _parser_reasons(parser: Any) -> str:  # noqa: ANN401
     reasons = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
-        node = (
-            f"node {error.node_name()} ({error.node_operator()})" if error.node_name() else "the graph"
-        )
+        node = f"node {error.node_name()} ({error.node_operator()})" if error.node_name() else "the graph"
         reasons.append(f"{node}: {error.desc()}")
     return "; ".join(reasons[:3]) or "the graph"

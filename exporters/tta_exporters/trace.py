@@ -70,7 +70,9 @@ def trace(
     paths = _ModulePaths(network)
     try:
         with paths, sdpa_kernel(SDPBackend.MATH):
-            graph_module = make_fx(function, tracing_mode="fake", decomposition_table=decompositions())(*fakes)
+            graph_module = make_fx(function, tracing_mode="fake", decomposition_table=decompositions())(
+                *fakes
+            )
     except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError, IndexError) as error:
         raise TraceFailed(paths.current, _first_line(error)) from error
     _check_batch_is_free(shapes)

@@ -68,9 +68,7 @@ class Norm:
                 theta[self.adapter.trained :],
                 self.adapter.batch_statistics(out.statistics),
             )
-            proposed = torch.cat(
-                [theta[: self.adapter.trained], (1 - rate) * running + rate * observed]
-            )
+            proposed = torch.cat([theta[: self.adapter.trained], (1 - rate) * running + rate * observed])
             report = torch.stack(
                 [
                     entropy(out.logits).mean(),

@@ -1,0 +1,262 @@
+"""Settings of the daemon: flags over environment (`TTA_*`) over a TOML file over defaults, with their origin.
+
+One typed structure declares every setting; the file's keys, the environment's names and the flags follow from
+it. A misspelt key is an error at once, wherever it stands.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from tta_runtime.errors import BadValue, UnknownKey, did_you_mean
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENV_PREFIX = "TTA_"
+ENV_SET = "TTA_SET"
+ENV_CONFIG = "TTA_CONFIG"
+
+Hyper = dict[str, float | dict[str, float]]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything `tta-edge serve` can be told."""
+
+    bind: str = "tcp://127.0.0.1:5555"
+    """Where to listen: tcp://HOST:PORT; port 0 takes a free one."""
+    allow_remote: bool = False
+    """Allow a bind that other machines can reach. Clients are not authenticated."""
+    bundle: str | None = None
+    """Directory of the bundle; without it the built-in one."""
+    method: str | None = None
+    """How theta changes; without it the bundle's default."""
+    hyper: Hyper = msgspec.field(default_factory=dict)
+    """Hyper-parameters of the method served (`lr`), or of one method by name (a table)."""
+    threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    """Threads of the engine; without it the engine's own choice."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    """Of the random numbers that a method uses; a run with the same seed and data repeats bit for bit."""
+    max_batch: Annotated[int, Meta(ge=1)] = 1024
+    """Most samples in one request."""
+    max_request_bytes: Annotated[int, Meta(ge=1024, le=2**31)] = 64 * 1024 * 1024
+    """Most tensor bytes in one request."""
+    max_queue: Annotated[int, Meta(ge=1, le=65_536)] = 64
+    """Most requests waiting; one more is answered `busy`."""
+    max_queue_bytes: Annotated[int, Meta(ge=1024)] = 256 * 1024 * 1024
+    """Most tensor bytes waiting; a request beyond them is answered `busy`, unless nothing else waits."""
+    max_streams: Annotated[int, Meta(ge=1, le=65_536)] = 64
+    """Most streams held in memory."""
+    max_distance: Annotated[float, Meta(gt=0)] = 1.0
+    """Radius of the ball around the source theta, as relative L2 distance. BatchNorm networks move by 0.1 to
+    0.4 under the strongest common corruptions, most of it in their statistics."""
+    reset_every_steps: Annotated[int, Meta(ge=0)] = 1000
+    """Return to the source after so many steps, as a backstop; 0 never does."""
+    drain_s: Annotated[float, Meta(ge=0, le=3600)] = 5.0
+    """How long open requests may take to finish when the daemon is told to stop."""
+    ready_file: str | None = None
+    """File to leave the endpoint in when the daemon is ready; removed when it ends."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe message to log."""
+    log_format: Literal["text", "json"] = "text"
+    """One line of text or one JSON object per message."""
+
+    def hyper_of(self, method: str) -> dict[str, float]:
+        """The hyper-parameters set for one method: bare ones first, the method's own table over them."""
+        bare = {name: value for name, value in self.hyper.items() if not isinstance(value, dict)}
+        own = self.hyper.get(method, {})
+        return {**bare, **(own if isinstance(own, dict) else {})}
+
+    def hyper_methods(self) -> list[str]:
+        """The methods that have a table of their own."""
+        return [name for name, value in self.hyper.items() if isinstance(value, dict)]
+
+
+KEYS = Config.__struct_fields__
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and where each of its values came from.
+
+    Attributes:
+        config: the settings.
+        origin: key -> `default`, `file PATH`, `environment TTA_NAME` or `flag --name`; hyper-parameters stand
+            as `hyper.lr` and `hyper.tent.lr`.
+    """
+
+    config: Config
+    origin: Mapping[str, str]
+
+
+@dataclass
+class _Layers:
+    """Values collected from the weakest to the strongest source."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    hyper: Hyper = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=lambda: dict.fromkeys(KEYS, "default"))
+
+    def put(self, key: str, value: object, origin: str, *, strict: bool) -> None:
+        """Set one key, checked by itself so that the error can say where the value stands."""
+        self.values[key] = _checked(key, value, origin, strict=strict)
+        self.origin[key] = origin
+
+    def put_hyper(self, settings: Hyper, origin: str) -> None:
+        """Lay the hyper-parameters of one source over those of the weaker ones."""
+        self.origin["hyper"] = origin if settings else self.origin["hyper"]
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                table = self.hyper.setdefault(name, {})
+                if not isinstance(table, dict):
+                    raise _mixed(name, origin)
+                table.update(value)
+                self.origin.update({f"hyper.{name}.{key}": origin for key in value})
+            else:
+                self._put_bare(name, value, origin, settings)
+
+    def _put_bare(self, name: str, value: float, origin: str, settings: Hyper) -> None:
+        if isinstance(self.hyper.get(name), dict):
+            raise _mixed(name, origin)
+        self.hyper[name] = value
+        self.origin[f"hyper.{name}"] = origin
+        for method, table in self.hyper.items():
+            # `--set lr=..` is stronger than `[hyper.tent] lr` in the file, though the table is more specific.
+            same = settings.get(method)
+            if isinstance(table, dict) and not (isinstance(same, dict) and name in same):
+                table.pop(name, None)
+                self.origin.pop(f"hyper.{method}.{name}", None)
+
+
+def resolve(
+    *,
+    flags: Mapping[str, object] | None = None,
+    settings: Iterable[str] = (),
+    environment: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> Resolved:
+    """Settle every setting.
+
+    Args:
+        flags: key -> value as given on the command line; `None` means not given.
+        settings: `NAME=VALUE` or `METHOD.NAME=VALUE` hyper-parameters of the command line.
+        environment: of the process; only `TTA_*` is looked at.
+        file: TOML file; without it the one that `TTA_CONFIG` names, if any.
+
+    Raises:
+        UnknownKey: a key of the file or a `TTA_*` name that is almost one of ours.
+        BadValue: a value of the wrong type or out of range, a file that cannot be read.
+    """
+    environment = environment or {}
+    layers = _Layers()
+    if file is None and ENV_CONFIG in environment:
+        file = Path(environment[ENV_CONFIG])
+    if file is not None:
+        _put_file(layers, file)
+    _put_environment(layers, environment)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            layers.put(key, value, f"flag --{key.replace('_', '-')}", strict=True)
+    layers.put_hyper(parse_settings(settings, "flag --set"), "flag --set")
+    return Resolved(Config(**layers.values, hyper=layers.hyper), layers.origin)
+
+
+def parse_settings(settings: Iterable[str], origin: str) -> Hyper:
+    """Hyper-parameters from `NAME=VALUE` and `METHOD.NAME=VALUE`.
+
+    Raises:
+        BadValue: anything of another form.
+    """
+    result: Hyper = {}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        method, dot, name = path.strip().rpartition(".")
+        value = _number(text)
+        if not equals or not name or (dot and not method) or value is None:
+            raise BadValue(
+                f"{origin}: {setting!r} is not a hyper-parameter setting",
+                "Write NAME=NUMBER or METHOD.NAME=NUMBER, for example lr=0.001 or tent.lr=0.001",
+            )
+        table = result.setdefault(method, {}) if dot else result
+        if not isinstance(table, dict):
+            raise _mixed(method, origin)
+        table[name] = value
+    return result
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _put_file(layers: _Layers, file: Path) -> None:
+    origin = f"file {file}"
+    table = _read_toml(file)
+    for key, value in table.items():
+        if key not in KEYS:
+            raise UnknownKey(
+                f"{origin}: unknown key `{key}`{did_you_mean(key, KEYS)}", f"Keys are {', '.join(KEYS)}"
+            )
+        if key == "hyper":
+            layers.put_hyper(_checked(key, value, origin, strict=True), origin)
+        else:
+            layers.put(key, value, origin, strict=True)
+    if "bundle" in table:  # a path in a file means the same wherever the daemon is started
+        layers.values["bundle"] = str(file.parent / layers.values["bundle"])
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadValue(
+            f"cannot read the configuration file {file}: {error.strerror}", "Correct --config or TTA_CONFIG"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadValue(f"{file} is not a TOML file: {error}", "Correct the file at that place") from error
+
+
+def _put_environment(layers: _Layers, environment: Mapping[str, str]) -> None:
+    names = {ENV_PREFIX + key.upper(): key for key in KEYS if key != "hyper"}
+    for name in sorted(environment):
+        if name in names:
+            layers.put(names[name], environment[name], f"environment {name}", strict=False)
+        elif name.startswith(ENV_PREFIX) and name not in (ENV_SET, ENV_CONFIG):
+            # Others may use the prefix for their own purposes; only what looks like a slip is refused.
+            meant = difflib.get_close_matches(name, [*names, ENV_SET, ENV_CONFIG], n=1, cutoff=0.85)
+            if meant:
+                raise UnknownKey(
+                    f"unknown environment variable `{name}`, did you mean `{meant[0]}`?",
+                    "Correct its name, or unset it",
+                )
+    origin = f"environment {ENV_SET}"
+    parts = [part for part in environment.get(ENV_SET, "").split(",") if part.strip()]
+    layers.put_hyper(parse_settings(parts, origin), origin)
+
+
+_TYPES = {info.name: info.type for info in msgspec.structs.fields(Config)}
+
+
+def _checked(key: str, value: object, origin: str, *, strict: bool) -> Any:  # noqa: ANN401 - by key
+    try:
+        return msgspec.convert(value, _TYPES[key], strict=strict)
+    except msgspec.ValidationError as error:
+        raise BadValue(f"{origin}: `{key}` cannot be {value!r}: {error}", f"Correct `{key}`") from error
+
+
+def _mixed(name: str, origin: str) -> BadValue:
+    return BadValue(
+        f"{origin}: `hyper.{name}` is a number in one place and a table in another",
+        "A table is named after a method, a number after a hyper-parameter",
+    )

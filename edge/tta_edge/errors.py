@@ -1,0 +1,159 @@
+"""Every refusal of the edge by name. Each carries its cause, with both values, and what to do about it."""
+
+from __future__ import annotations
+
+from tta_runtime.errors import TtaError
+
+
+class WireError(TtaError):
+    """The frames of a message break the specification in docs/spec/wire.md."""
+
+    code = "wire"
+
+    request_id: int | None = None
+    """The id of the request at fault, where it could still be read."""
+
+
+class BadFraming(WireError):
+    """Too few or too many frames (W1)."""
+
+    code = "bad-framing"
+
+
+class UnsupportedProtocol(WireError):
+    """Frame 0 is not this version's name (W2)."""
+
+    code = "unsupported-protocol"
+
+
+class MessageTooLarge(WireError):
+    """A header or a payload is over the receiver's limit (W3)."""
+
+    code = "message-too-large"
+
+
+class MalformedHeader(WireError):
+    """Frame 1 is not one MessagePack map within the limits (W4)."""
+
+    code = "malformed-header"
+
+
+class UnknownMessage(WireError):
+    """The header's `type` names no message (W5)."""
+
+    code = "unknown-message"
+
+
+class UnknownField(WireError):
+    """The header has a field that its message does not have (W6)."""
+
+    code = "unknown-field"
+
+
+class BadField(WireError):
+    """A field is missing, has the wrong type or is out of range (W7)."""
+
+    code = "bad-field"
+
+
+class TensorMismatch(WireError):
+    """Tensor frames and their declaration disagree in number or in bytes (W8, W9)."""
+
+    code = "tensor-mismatch"
+
+
+class ServiceError(TtaError):
+    """The daemon understood the request and does not carry it out."""
+
+    code = "service"
+
+
+class Busy(ServiceError):
+    """The queue is full; nothing was computed. `retry_after_s` says when a place is likely to be free."""
+
+    code = "busy"
+    retry_after_s: float | None = None
+
+
+class Draining(ServiceError):
+    """The daemon is shutting down and takes no new requests."""
+
+    code = "draining"
+
+
+class DuplicateRequest(ServiceError):
+    """A peer re-used the id of a request that is still open."""
+
+    code = "duplicate-request"
+
+
+class UnknownStream(ServiceError):
+    """A message names a stream that has no state here."""
+
+    code = "unknown-stream"
+
+
+class TooManyStreams(ServiceError):
+    """One more stream would exceed `max_streams`."""
+
+    code = "too-many-streams"
+
+
+class Internal(ServiceError):
+    """A defect of the daemon; its log holds the trace."""
+
+    code = "internal"
+
+
+class StartError(TtaError):
+    """The daemon cannot start serving."""
+
+    code = "start"
+
+
+class BadEndpoint(StartError):
+    """An endpoint is not of a form that can be bound or reached."""
+
+    code = "bad-endpoint"
+
+
+class RemoteBindRefused(StartError):
+    """A bind that other machines could reach was not asked for explicitly."""
+
+    code = "remote-bind-refused"
+
+
+class AddressInUse(StartError):
+    """Another process listens on the address already."""
+
+    code = "address-in-use"
+
+
+class CannotBind(StartError):
+    """The operating system refuses the address."""
+
+    code = "cannot-bind"
+
+
+class ClientError(TtaError):
+    """A call of the client library failed."""
+
+    code = "client"
+
+
+class Unreachable(ClientError):
+    """Nothing that speaks this protocol accepts connections at the endpoint."""
+
+    code = "unreachable"
+
+
+class DeadlineExceeded(ClientError):
+    """The daemon was reached but did not answer in time."""
+
+    code = "deadline-exceeded"
+
+
+class RemoteError(ClientError):
+    """The daemon answered with an error whose code this version does not know."""
+
+    code = "remote"

@@ -1,0 +1,248 @@
+"""The daemon: a ZeroMQ front end on one thread, inference on another, a bounded queue between them.
+
+`Server.run` is the whole life: startup, main loop, shutdown. The network thread never computes and the worker
+thread never touches a ZeroMQ socket. What happens away from the network thread (an answer is ready, somebody
+wants the daemon to stop) wakes its poller through a socket pair, which may be written to from any thread and
+from a signal handler.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import zmq
+
+from tta_edge.config import Config
+from tta_edge.endpoint import check_bind
+from tta_edge.errors import AddressInUse, CannotBind
+from tta_edge.responder import Responder, load
+from tta_edge.session import Arrived, Frames, Phase, Refused, ServerSession
+from tta_edge.stats import Stats
+from tta_edge.wire import Limits, Reply, Tensors
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_MS = 5_000  # a connection that has not said what it speaks by then is closed
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = (
+    2_000,
+    6_000,
+)  # a peer that vanished without a word is noticed within these
+PEER_REQUESTS = 8  # messages of one peer that the socket library reads ahead; each may be of the largest size
+PEER_REPLIES = 64  # replies that it holds for a peer which does not read them
+BURST = 64  # messages taken from the socket before answers are sent
+GOODBYE_MS = 500  # for the last answers to leave the process
+
+
+class Server:
+    """One daemon.
+
+    Attributes:
+        config: as resolved.
+        endpoint: where it listens, with the real port; empty until it is ready.
+        ready: set when it answers requests.
+        stats: counters and latencies, safe to read from any thread.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        on_ready: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.endpoint = ""
+        self.ready = threading.Event()
+        self.stats = Stats()
+        self._on_ready = on_ready
+        self._clock = clock
+        self._stops = 0
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._wake_out.setblocking(False)
+        self._wake_in.setblocking(False)
+
+    def run(self) -> None:
+        """Serve until `stop` is called, then answer what is open and return.
+
+        Raises:
+            StartError: the address cannot be bound.
+            BundleError: the bundle cannot be served.
+            MethodError: the bundle has no such method or hyper.
+            EngineError: there is no engine for it on this machine.
+        """
+        with ExitStack() as cleanup:
+            self._startup(cleanup)
+            self._main_loop()
+
+    def stop(self) -> None:
+        """Drain and end; asked twice, end without draining. For any thread and any signal handler."""
+        self._stops += 1
+        self._wake()
+
+    # --- startup ----------------------------------------------------------------------------------
+
+    def _startup(self, cleanup: ExitStack) -> None:
+        config = self.config
+        cleanup.callback(self._wake_in.close)
+        cleanup.callback(self._wake_out.close)
+        check_bind(config.bind, allow_remote=config.allow_remote)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        cleanup.callback(context.destroy, linger=GOODBYE_MS)
+        self._router = _bound(context, config)
+        self._responder: Responder = load(config, stats=self.stats, clock=self._clock)
+        self._session = ServerSession(
+            Limits(max_payload_bytes=config.max_request_bytes),
+            capacity=config.max_queue,
+            max_open_bytes=config.max_queue_bytes,
+        )
+        # The session opens at most `max_queue` requests, so neither queue can be asked to hold more.
+        self._inbox: queue.Queue[Arrived | None] = queue.Queue(maxsize=config.max_queue + 1)
+        self._outbox: queue.Queue[tuple[Arrived, Reply, Tensors]] = queue.Queue(maxsize=config.max_queue)
+        # A daemon thread: an engine run that never ends must not keep the process alive after the deadline.
+        self._worker = threading.Thread(target=self._work, name="tta-worker", daemon=True)
+        self._worker.start()
+        cleanup.callback(self._join_worker)
+        self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.ready.set()
+        cleanup.callback(self.ready.clear)
+        if self._on_ready is not None:
+            self._on_ready(self.endpoint)
+
+    # --- main loop: the network thread ------------------------------------------------------------
+
+    def _main_loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._wake_out, zmq.POLLIN)
+        deadline_s: float | None = None
+        while True:
+            wait_ms = None if deadline_s is None else max(0, round((deadline_s - self._clock()) * 1e3))
+            ready = dict(poller.poll(wait_ms))
+            if self._wake_out.fileno() in ready:
+                self._drain_wakes()
+            self._send_answers()
+            if self._router in ready:
+                self._receive()
+            if self._stops and deadline_s is None:
+                log.info("draining: %d requests are open", self._session.open)
+                self._session.drain()
+                deadline_s = self._clock() + self.config.drain_s
+            if self._session.phase is Phase.CLOSED:
+                return
+            if deadline_s is not None and (self._stops > 1 or self._clock() >= deadline_s):
+                log.warning("stopped with %d requests unanswered", self._session.open)
+                return
+
+    def _receive(self) -> None:
+        for _ in range(BURST):
+            try:
+                parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            peer, frames = parts[0].bytes, [part.buffer for part in parts[1:]]
+            events, replies = self._session.receive(peer, frames, self._clock())
+            for event in events:
+                if isinstance(event, Refused):
+                    self.stats.refused(event.error.code)
+                    log.info("refused %s: %s", event.error.code, event.error.cause)
+                else:
+                    self._inbox.put_nowait(event)
+            self._send(replies)
+
+    def _send_answers(self) -> None:
+        while True:
+            try:
+                arrived, reply, tensors = self._outbox.get_nowait()
+            except queue.Empty:
+                return
+            self._send(self._session.answer(arrived, reply, tensors, self._clock()))
+
+    def _send(self, replies: list[Frames]) -> None:
+        for frames in replies:
+            try:
+                self._router.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self.stats.refused("slow-reader")
+                log.info("dropped a reply: the client does not read its replies")
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                self.stats.refused("client-gone")
+                abandoned = self._session.gone(bytes(frames[0]))
+                log.info("dropped a reply: the client has gone, with %d more requests open", abandoned)
+
+    def _drain_wakes(self) -> None:
+        try:
+            while self._wake_out.recv(4096):
+                pass
+        except BlockingIOError:
+            return
+
+    def _wake(self) -> None:
+        try:
+            self._wake_in.send(b"\0")
+        except BlockingIOError:
+            return  # enough wake-ups wait already
+        except OSError as error:
+            if error.errno != errno.EBADF:  # the daemon has ended: there is nobody to wake
+                raise
+
+    # --- the worker thread ------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (arrived := self._inbox.get()) is not None:
+            reply, tensors = self._responder.respond(arrived)
+            self._outbox.put_nowait((arrived, reply, tensors))
+            self._wake()
+
+    # --- shutdown: each part registers its own end at startup; they run in reverse ----------------
+
+    def _join_worker(self) -> None:
+        self._inbox.put_nowait(None)
+        # With requests still open the drain deadline has passed already: wait no longer.
+        self._worker.join(timeout=0.0 if self._session.open else self.config.drain_s)
+
+
+def _bound(context: zmq.Context[zmq.Socket[bytes]], config: Config) -> zmq.Socket[bytes]:
+    """The front end's socket, hardened and bound.
+
+    Raises:
+        AddressInUse: another process listens there.
+        CannotBind: the operating system refuses for another reason.
+    """
+    router = context.socket(zmq.ROUTER)
+    router.linger = 0
+    router.setsockopt(zmq.MAXMSGSIZE, _largest_frame(config))
+    router.setsockopt(zmq.RCVHWM, PEER_REQUESTS)
+    router.setsockopt(zmq.SNDHWM, PEER_REPLIES)
+    router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    router.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    router.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    router.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    router.setsockopt(zmq.IPV6, int("[" in config.bind))
+    try:
+        router.bind(config.bind)
+    except zmq.ZMQError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(
+                f"{config.bind} is in use by another process",
+                "Stop that process, or choose another port with --bind (port 0 takes a free one)",
+            ) from error
+        raise CannotBind(
+            f"cannot bind {config.bind}: {error.strerror}",
+            "Bind to an address of this machine and a port above 1023",
+        ) from error
+    return router
+
+
+def _largest_frame(config: Config) -> int:
+    """A frame over this closes its connection inside the socket library, before it is allocated (W3)."""
+    return max(config.max_request_bytes, Limits().max_header_bytes)

@@ -1,0 +1,238 @@
+"""The protocol between clients and the daemon without any I/O: frames in, requests and replies out.
+
+A `ServerSession` turns frames into requests worth computing, refuses the others with a typed reply and knows
+which requests are open. A `ClientSession` numbers requests and recognises the reply that belongs to one. Time
+comes in as an argument; sockets, threads and queues are in service.py and client.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+import msgspec
+from tta_runtime.errors import TtaError
+
+from tta_edge.errors import Busy, Draining, DuplicateRequest, ServiceError, WireError
+from tta_edge.wire import (
+    REPLY_LIMITS,
+    Buffer,
+    ErrorReply,
+    Limits,
+    Received,
+    Reply,
+    Request,
+    Tensors,
+    decode_reply,
+    decode_request,
+    encode,
+)
+
+Frames = list[Buffer]
+
+
+class Phase(Enum):
+    """What a daemon does with new requests."""
+
+    SERVING = auto()
+    DRAINING = auto()
+    CLOSED = auto()
+
+
+class Signal(Enum):
+    """What moves a daemon from one phase to the next."""
+
+    DRAIN = auto()
+    EMPTY = auto()
+
+
+# The whole life of a session. A signal that a phase does not list leaves the phase as it is: a second DRAIN,
+# or the last open request being answered while serving.
+TRANSITIONS: Mapping[Phase, Mapping[Signal, Phase]] = {
+    Phase.SERVING: {Signal.DRAIN: Phase.DRAINING},
+    Phase.DRAINING: {Signal.EMPTY: Phase.CLOSED},
+    Phase.CLOSED: {},
+}
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Event: a well-formed request that has to be answered.
+
+    Attributes:
+        peer: routing prefix of whoever sent it; opaque.
+        message: the typed request.
+        tensors: read-only views by field name.
+        at_s: when it arrived, on the clock of `now_s`.
+    """
+
+    peer: bytes
+    message: Request
+    tensors: Tensors
+    at_s: float
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        """What tells this request from every other open one."""
+        return self.peer, self.message.id
+
+    @property
+    def nbytes(self) -> int:
+        """What its tensors hold of memory."""
+        return sum(array.nbytes for array in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Event: a request that was answered with an error at once."""
+
+    peer: bytes
+    error: TtaError
+
+
+def error_reply(error: TtaError, request_id: int | None) -> ErrorReply:
+    """The reply that carries an error to whoever caused it."""
+    return ErrorReply(
+        id=request_id,
+        code=error.code,
+        cause=error.cause,
+        fix=error.fix,
+        retry_after_s=getattr(error, "retry_after_s", None),
+    )
+
+
+@dataclass
+class ServerSession:
+    """The daemon's end.
+
+    Attributes:
+        limits: of one request.
+        capacity: most requests open at once, over all peers; one more is refused as `busy`.
+        max_open_bytes: most tensor bytes held by open requests; likewise, unless nothing else is open.
+        phase: see `TRANSITIONS`.
+    """
+
+    limits: Limits
+    capacity: int
+    max_open_bytes: int = 256 * 1024 * 1024
+    phase: Phase = Phase.SERVING
+    _open: dict[tuple[bytes, int], Arrived] = field(default_factory=dict)
+    _abandoned: set[tuple[bytes, int]] = field(default_factory=set)
+    _service_s: float = 0.0  # running mean of what one request takes, for `retry_after_s`
+    _last_answer_s: float = 0.0
+
+    @property
+    def open(self) -> int:
+        """How many requests are being worked on, those of peers that have gone included."""
+        return len(self._open)
+
+    def receive(
+        self, peer: bytes, frames: Sequence[Buffer], now_s: float
+    ) -> tuple[list[Arrived | Refused], list[Frames]]:
+        """Take one message of one peer.
+
+        Returns:
+            What happened, and the multipart messages to send, each with its routing prefix. Whatever comes
+            in, nothing is raised: a refusal is an event and a reply.
+        """
+        try:
+            received = decode_request(frames, self.limits)
+        except WireError as error:
+            return self._refuse(peer, error, error.request_id)
+        arrived = Arrived(peer, received.message, received.tensors, now_s)
+        refusal = self._refusal(arrived)
+        if refusal is not None:
+            return self._refuse(peer, refusal, received.message.id)
+        self._open[arrived.key] = arrived
+        return [arrived], []
+
+    def answer(self, arrived: Arrived, reply: Reply, tensors: Tensors, now_s: float) -> list[Frames]:
+        """Close an open request with its reply.
+
+        Returns:
+            The multipart messages to send; none where the peer has gone.
+        """
+        del self._open[arrived.key]
+        self._account(arrived, now_s)
+        if not self._open:
+            self._signal(Signal.EMPTY)
+        if arrived.key in self._abandoned:
+            self._abandoned.remove(arrived.key)
+            return []
+        return [[arrived.peer, *encode(reply, tensors)]]
+
+    def gone(self, peer: bytes) -> int:
+        """Note that a peer cannot be reached; returns how many of its requests nobody waits for any more.
+
+        They stay open until they are answered: they still have their places in the queue.
+        """
+        keys = {key for key in self._open if key[0] == peer} - self._abandoned
+        self._abandoned |= keys
+        return len(keys)
+
+    def drain(self) -> None:
+        """Take no new requests; the session closes when the last open one is answered."""
+        self._signal(Signal.DRAIN)
+        if not self._open:
+            self._signal(Signal.EMPTY)
+
+    def _signal(self, signal: Signal) -> None:
+        self.phase = TRANSITIONS[self.phase].get(signal, self.phase)
+
+    def _refusal(self, arrived: Arrived) -> ServiceError | None:
+        if self.phase is not Phase.SERVING:
+            return Draining(
+                "the daemon is shutting down", "Connect to the daemon that replaces it, then repeat"
+            )
+        if arrived.key in self._open:
+            return DuplicateRequest(
+                f"request {arrived.message.id} of this client is still open", "Give every request its own id"
+            )
+        held = sum(waiting.nbytes for waiting in self._open.values())
+        if self.open >= self.capacity or (self._open and held + arrived.nbytes > self.max_open_bytes):
+            busy = Busy(
+                f"{self.open} requests of {held} bytes are waiting, the queue holds {self.capacity} of "
+                f"{self.max_open_bytes}",
+                "Repeat after `retry_after_s`, send less at once, or raise `max_queue` and `max_queue_bytes`",
+            )
+            busy.retry_after_s = round(max(0.01, self._service_s * self.open), 3)
+            return busy
+        return None
+
+    def _refuse(
+        self, peer: bytes, error: TtaError, request_id: int | None
+    ) -> tuple[list[Arrived | Refused], list[Frames]]:
+        return [Refused(peer, error)], [[peer, *encode(error_reply(error, request_id))]]
+
+    def _account(self, arrived: Arrived, now_s: float) -> None:
+        # A request is being served from its arrival or from the answer before it, whichever is later.
+        took_s = max(0.0, now_s - max(arrived.at_s, self._last_answer_s))
+        self._service_s = took_s if self._service_s == 0.0 else 0.9 * self._service_s + 0.1 * took_s
+        self._last_answer_s = now_s
+
+
+@dataclass
+class ClientSession:
+    """The client's end: one request at a time, replies to earlier ones are dropped."""
+
+    limits: Limits = REPLY_LIMITS
+    _last_id: int = 0
+
+    def request(self, message: Request, tensors: Tensors | None = None) -> Frames:
+        """Frames of a request, with the next id put in place of the message's own."""
+        self._last_id += 1
+        return encode(msgspec.structs.replace(message, id=self._last_id), tensors)
+
+    def receive(self, frames: Sequence[Buffer]) -> Received[Any] | None:
+        """The reply to the last request; `None` for one that nobody waits for any more.
+
+        An error without an id belongs to something the daemon could not read, hence to the last request.
+
+        Raises:
+            WireError: the daemon does not keep to the specification.
+        """
+        received = decode_reply(frames, self.limits)
+        expected = (self._last_id, None) if isinstance(received.message, ErrorReply) else (self._last_id,)
+        return received if received.message.id in expected else None

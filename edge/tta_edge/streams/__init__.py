@@ -1,0 +1,1 @@
+"""Streams to try a bundle on: where the images come from, how they shift, and in what order they arrive."""

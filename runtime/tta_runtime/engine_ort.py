@@ -1,0 +1,176 @@
+"""Graphs on ONNX Runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+from numpy.typing import NDArray
+
+from .bundle import Bundle
+from .engine import Arrays, EngineOptions
+from .errors import BadValue, EngineFailed, EngineMissing, GraphMismatch, did_you_mean
+from .manifest import Graph, Port
+
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+_TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
+_FATAL = (
+    4  # ONNX Runtime's highest log level: its errors reach the caller as exceptions, not as text on stderr
+)
+
+
+class OrtEngine:
+    """One graph as an ONNX Runtime session. Stateless; `run` may be called from several threads at once.
+
+    Args:
+        bundle: an opened bundle.
+        graph: key in the manifest's `graphs`.
+        options: threads, provider and memory choices.
+
+    Raises:
+        EngineMissing: onnxruntime, or the provider, is not installed or does not start.
+        EngineFailed: onnxruntime refuses the file.
+        GraphMismatch: the file's inputs or outputs are not those of the manifest.
+    """
+
+    def __init__(self, bundle: Bundle, graph: str, options: EngineOptions | None = None) -> None:
+        options = options or EngineOptions()
+        if options.threads is not None and options.threads < 1:
+            raise BadValue(f"threads is {options.threads}", "Use a number from 1, or leave it out")
+        try:
+            import onnxruntime as ort  # here, because the package must import and explain itself without it
+        except ImportError as error:
+            raise EngineMissing(
+                f"onnxruntime cannot be imported: {error}", "Run `pip install tta-runtime[cpu]`"
+            ) from error
+        self.spec: Graph = bundle.manifest.graphs[graph]
+        self.provider: str = options.provider
+        self._key = graph
+        self._failures = _failures()
+        self._inputs = frozenset(p.name for p in self.spec.inputs)
+        self._outputs = [p.name for p in self.spec.outputs]
+        providers = _providers(options.provider, ort.get_available_providers())
+        settings = ort.SessionOptions()
+        settings.log_severity_level = _FATAL
+        settings.intra_op_num_threads = options.threads or 0
+        settings.inter_op_num_threads = 1
+        settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        levels = ort.GraphOptimizationLevel
+        settings.graph_optimization_level = (
+            levels.ORT_ENABLE_ALL if options.layout else levels.ORT_ENABLE_EXTENDED
+        )
+        settings.enable_cpu_mem_arena = options.arena
+        # A step's forward pass leaves buffers that its backward pass could use again much later. Planning that reuse
+        # ahead holds them idle all the while, and the pattern planner reserves the sum: together half of a step's
+        # peak memory. The arena finds freed memory just as well when it is asked for.
+        settings.enable_mem_pattern = False
+        settings.enable_mem_reuse = False
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
+        settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        settings.add_session_config_entry("session.disable_prepacking", "0" if options.prepack else "1")
+        try:
+            self._session = ort.InferenceSession(
+                str(bundle.file(graph)),
+                settings,
+                providers=list(providers),
+                # The exporter has merged equal expressions; those it repeats on purpose (see its relu_masks) keep an
+                # activation from living until the backward pass.
+                disabled_optimizers=["CommonSubexpressionElimination"],
+            )
+        except self._failures as error:
+            raise EngineFailed(
+                f"onnxruntime {ort.__version__} cannot load graph `{graph}`: {error}",
+                "Build the bundle again, or upgrade onnxruntime",
+            ) from error
+        # onnxruntime falls back silently when a provider's libraries are there but do not start.
+        active = self._session.get_providers()
+        if active[0] != providers[0]:
+            raise EngineMissing(
+                f"provider `{options.provider}` does not start, onnxruntime would use {active[0]}",
+                "Check the driver and the CUDA libraries, or choose provider `cpu`",
+            )
+        self._session.disable_fallback()
+        _check_ports(graph, "input", self.spec.inputs, self._session.get_inputs())
+        _check_ports(graph, "output", self.spec.outputs, self._session.get_outputs())
+        _return_free_memory()
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Outputs by value name, from inputs by value name.
+
+        Raises:
+            EngineFailed: the names are not those of the graph, or onnxruntime refuses or fails.
+        """
+        if inputs.keys() != self._inputs:
+            raise EngineFailed(
+                f"graph `{self._key}` takes {sorted(self._inputs)}, given {sorted(inputs)}",
+                "Give every input of the graph and nothing else",
+            )
+        try:
+            values = self._session.run(self._outputs, dict(inputs))
+        except self._failures as error:
+            raise EngineFailed(
+                f"graph `{self._key}` failed: {error}",
+                "Try a smaller batch; if that fails too, report the message",
+            ) from error
+        return dict(zip(self._outputs, values, strict=True))
+
+
+def _return_free_memory() -> None:
+    """Gives what loading a graph allocated and freed (parsed files, weights in their first layout) back to the system.
+
+    glibc keeps it otherwise, and an edge box pays for it as long as the daemon runs. Elsewhere this does nothing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _providers(name: str, available: list[str]) -> tuple[str, ...]:
+    if name not in _PROVIDERS:
+        raise BadValue(
+            f"unknown provider `{name}`" + did_you_mean(name, _PROVIDERS),
+            f"Choose one of {', '.join(_PROVIDERS)}",
+        )
+    wanted = _PROVIDERS[name]
+    if wanted[0] not in available:
+        raise EngineMissing(
+            f"provider `{name}` needs {wanted[0]}, this onnxruntime has {', '.join(available)}",
+            "Run `pip uninstall onnxruntime && pip install tta-runtime[gpu]`, or choose provider `cpu`",
+        )
+    return tuple(p for p in wanted if p in available)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises: its own classes derive from Exception alone, the rest are built-in ones."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = [v for v in vars(state).values() if isinstance(v, type) and issubclass(v, Exception)]
+    return (*own, RuntimeError, ValueError, TypeError, MemoryError)
+
+
+def _check_ports(graph: str, side: str, ports: list[Port], found: list[Any]) -> None:
+    """B9: name, dtype, rank and fixed dimensions of the file's values equal the manifest's."""
+    names, listed = sorted(v.name for v in found), sorted(p.name for p in ports)
+    if names != listed:
+        raise GraphMismatch(
+            f"graph `{graph}` has {side}s {names}, the manifest lists {listed}", "Build the bundle again"
+        )
+    by_name = {v.name: v for v in found}
+    for port in ports:
+        value = by_name[port.name]
+        # A dimension that the file leaves open (a name or None) fits anything; a fixed one must be the same.
+        same = len(value.shape) == len(port.shape) and all(
+            not isinstance(real, int) or real == said
+            for real, said in zip(value.shape, port.shape, strict=True)
+        )
+        if value.type != _TYPES[port.dtype] or not same:
+            raise GraphMismatch(
+                f"graph `{graph}`: {side} `{port.name}` is {value.type} {value.shape}, the manifest says "
+                f"{port.dtype} {port.shape}",
+                "Build the bundle again",
+            )

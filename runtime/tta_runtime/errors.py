@@ -1,0 +1,376 @@
+"""Every refusal of the runtime by name. Each carries its cause, with both values, and what to do about it.
+
+The tree, by what the caller can do:
+
+- `BundleError`: the directory is not a good bundle; get another copy or build it again.
+- `EngineError`: the graph cannot be loaded or run here; install something or report it.
+- `InputError`: this batch is refused; the next one may be good.
+- `ThetaError`, `StateError`: a parameter vector or a saved state does not belong here.
+- `MethodError`, `ConfigError`: a name or a value in the call or the configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+MAX_CAUSE = 1500
+"""Characters of a cause; what is longer loses its middle."""
+
+
+class TtaError(Exception):
+    """Base of every error this project raises on purpose.
+
+    Args:
+        cause: what is wrong, naming both values (found and expected), without its full stop.
+        fix: what the user can do, without its full stop; may be empty.
+    """
+
+    code: str = "tta"
+    """Stable name for machines, in kebab case; equal for all instances of a class."""
+
+    def __init__(self, cause: str, fix: str = "") -> None:
+        cause = _shortened(cause)
+        super().__init__(cause, fix)
+        self.cause = cause
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return " ".join(t if t.endswith(("?", ".")) else f"{t}." for t in (self.cause, self.fix) if t)
+
+
+def _shortened(text: str) -> str:
+    """Parts of a cause come from files and from the wire: a message has a bound whatever they hold."""
+    if len(text) <= MAX_CAUSE:
+        return text
+    return f"{text[: MAX_CAUSE - 500]} [...] {text[-490:]}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """End of a sentence about an unknown name: the nearest known one, or all of them when few.
+
+    Returns:
+        Text to append directly to the sentence: ", did you mean `adapt_every`?"; "" when nothing helps.
+    """
+    names = sorted(set(known))
+    close = difflib.get_close_matches(word[:200], names, n=1, cutoff=0.6)
+    if close:
+        return f", did you mean `{close[0]}`?"
+    if 0 < len(names) <= 12:
+        return "; known: " + ", ".join(f"`{n}`" for n in names)
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------- bundle
+
+
+class BundleError(TtaError):
+    """The directory is not a bundle this version can use."""
+
+    code = "bundle"
+
+
+class ManifestMissing(BundleError):
+    """There is no readable manifest.json at the path (B1)."""
+
+    code = "manifest-missing"
+
+
+class ManifestTooLarge(BundleError):
+    """manifest.json is larger than the limit (B2)."""
+
+    code = "manifest-too-large"
+
+
+class ManifestMalformed(BundleError):
+    """manifest.json is not JSON of the specified types, or has an unknown key (B3)."""
+
+    code = "manifest-malformed"
+
+
+class UnknownFormat(BundleError):
+    """The manifest says that it describes something else than a bundle (B4)."""
+
+    code = "unknown-format"
+
+
+class NewerFormat(BundleError):
+    """The bundle's format version is newer than this runtime knows (B5)."""
+
+    code = "newer-format"
+
+
+class PathEscapes(BundleError):
+    """A file name in the manifest is not a plain name inside the bundle (B6)."""
+
+    code = "path-escapes"
+
+
+class LayoutMalformed(BundleError):
+    """The theta layout has gaps, overlaps, duplicate names or a wrong order (B7)."""
+
+    code = "layout-malformed"
+
+
+class ManifestInconsistent(BundleError):
+    """Parts of the manifest contradict each other (B8)."""
+
+    code = "manifest-inconsistent"
+
+
+class GraphMismatch(BundleError):
+    """A graph's ports disagree with the manifest or with the ONNX file (B9)."""
+
+    code = "graph-mismatch"
+
+
+class FileMissing(BundleError):
+    """A listed file does not exist (B10)."""
+
+    code = "file-missing"
+
+
+class FileUnlisted(BundleError):
+    """The directory holds a file that the manifest does not list (B11)."""
+
+    code = "file-unlisted"
+
+
+class FileTruncated(BundleError):
+    """A listed file has another size than listed (B12)."""
+
+    code = "file-truncated"
+
+
+class FileTampered(BundleError):
+    """A listed file has another sha256 than listed (B13)."""
+
+    code = "file-tampered"
+
+
+class FileUnreadable(BundleError):
+    """The operating system refuses to read a listed file."""
+
+    code = "file-unreadable"
+
+
+class ThetaMismatch(BundleError):
+    """theta.safetensors is not the vector that the layout describes (B14)."""
+
+    code = "theta-mismatch"
+
+
+class AnchorMismatch(BundleError):
+    """anchor.safetensors lacks an array that a graph needs, or holds bad ones (B15)."""
+
+    code = "anchor-mismatch"
+
+
+# ---------------------------------------------------------------------------------------------- engine
+
+
+class EngineError(TtaError):
+    """A graph cannot be loaded or run here."""
+
+    code = "engine"
+
+
+class EngineMissing(EngineError):
+    """The library or the provider that should run the graph is not installed."""
+
+    code = "engine-missing"
+
+
+class EngineFailed(EngineError):
+    """The engine refused to load or to run a graph; the cause holds its message."""
+
+    code = "engine-failed"
+
+
+# ---------------------------------------------------------------------------------------------- input
+
+
+class InputError(TtaError):
+    """A batch is refused; nothing was computed."""
+
+    code = "input"
+
+
+class WrongShape(InputError):
+    """The batch does not have the shape of the manifest's input."""
+
+    code = "wrong-shape"
+
+
+class WrongDtype(InputError):
+    """The batch does not have the dtype of the manifest's input."""
+
+    code = "wrong-dtype"
+
+
+class NonFinite(InputError):
+    """The batch holds NaN or Inf."""
+
+    code = "non-finite"
+
+
+class EmptyBatch(InputError):
+    """The batch holds no sample."""
+
+    code = "empty-batch"
+
+
+class TooLarge(InputError):
+    """The batch has more samples or bytes than the limits allow."""
+
+    code = "too-large"
+
+
+class BadWeight(InputError):
+    """The per-sample weights are not finite float32 values >= 0, one for each sample."""
+
+    code = "bad-weight"
+
+
+class WeightUnsupported(InputError):
+    """The method's step takes no weights, so a sample cannot be refused with it."""
+
+    code = "weight-unsupported"
+
+
+class BatchTooSmall(InputError):
+    """The method needs more samples for one step."""
+
+    code = "batch-too-small"
+
+
+class WrongBatch(InputError):
+    """The method's step was compiled for another, fixed number of samples."""
+
+    code = "wrong-batch"
+
+
+# ------------------------------------------------------------------------------------------ theta and state
+
+
+class ThetaError(TtaError):
+    """A theta vector is refused; the active one is unchanged."""
+
+    code = "theta"
+
+
+class StaleBase(ThetaError):
+    """The vector was made for another theta than the active one."""
+
+    code = "stale-base"
+
+
+class LayoutMismatch(ThetaError):
+    """The vector or the tensors do not fit the bundle's layout."""
+
+    code = "layout-mismatch"
+
+
+class NonFiniteTheta(ThetaError):
+    """The vector holds NaN or Inf."""
+
+    code = "non-finite-theta"
+
+
+class StateError(TtaError):
+    """A method state or a saved state file is refused; the active one is unchanged."""
+
+    code = "state"
+
+
+class NonFiniteState(StateError):
+    """A method's state holds NaN or Inf."""
+
+    code = "non-finite-state"
+
+
+class StateMissing(StateError):
+    """The state file does not exist."""
+
+    code = "state-missing"
+
+
+class StateMalformed(StateError):
+    """The file is not a whole state file of the specified form."""
+
+    code = "state-malformed"
+
+
+class StateTampered(StateError):
+    """The file's contents do not match its checksum."""
+
+    code = "state-tampered"
+
+
+class NewerState(StateError):
+    """The state file's format version is newer than this runtime knows."""
+
+    code = "newer-state"
+
+
+class StateOfOtherBundle(StateError):
+    """The state was saved with another bundle."""
+
+    code = "state-of-other-bundle"
+
+
+class StateMismatch(StateError):
+    """The state was saved for another method, or its arrays do not fit this one."""
+
+    code = "state-mismatch"
+
+
+class StateUnreadable(StateError):
+    """The operating system refuses to read the state file."""
+
+    code = "state-unreadable"
+
+
+class StateUnwritable(StateError):
+    """The operating system refuses to write the state file; an older one is unchanged."""
+
+    code = "state-unwritable"
+
+
+# ------------------------------------------------------------------------------------------ names and values
+
+
+class MethodError(TtaError):
+    """A method or one of its hyper-parameters is unknown."""
+
+    code = "method"
+
+
+class UnknownMethod(MethodError):
+    """The bundle, or this set of engines, has no method of that name."""
+
+    code = "unknown-method"
+
+
+class UnknownHyper(MethodError):
+    """The method has no hyper-parameter of that name."""
+
+    code = "unknown-hyper"
+
+
+class ConfigError(TtaError):
+    """A key or a value of the configuration is wrong."""
+
+    code = "config"
+
+
+class UnknownKey(ConfigError):
+    """The configuration has no key of that name."""
+
+    code = "unknown-key"
+
+
+class BadValue(ConfigError):
+    """A value has the wrong type or is out of range."""
+
+    code = "bad-value"

@@ -1,0 +1,358 @@
+"""Whether the parts of a manifest agree: clauses B6 to B9 of docs/spec/bundle.md, without any I/O."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable
+
+from .errors import (
+    BundleError,
+    GraphMismatch,
+    LayoutMalformed,
+    ManifestInconsistent,
+    PathEscapes,
+    did_you_mean,
+)
+from .manifest import ANCHOR, FORWARD, MANIFEST, THETA, Graph, Manifest, MethodSpec, Port
+from .tensors import DTYPES
+
+REBUILD = "Build the bundle again"
+ROLES = ("serve", "step", "probe", "absorb")
+INPUT_BINDS = ("batch", "theta", "state", "anchor", "hyper", "rand")
+OUTPUT_BINDS = ("logits", "features", "theta", "state", "report")
+
+MAX_ELEMENTS = 1 << 40
+"""Bound for any product of dimensions, so that sizes computed from a manifest stay ordinary numbers."""
+MAX_RAND = 1 << 24
+MAX_HYPER = 3e38
+"""A larger number is not a float32."""
+
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+def check(manifest: Manifest) -> None:
+    """Raise the error of the first clause that the manifest breaks.
+
+    Raises:
+        PathEscapes: a file name is not a plain name (B6).
+        LayoutMalformed: the theta layout is not one contiguous, ordered vector (B7).
+        ManifestInconsistent: names, ranges or references contradict each other (B8).
+        GraphMismatch: a graph's ports do not fit the layout, the input or the method (B9).
+    """
+    _check_files(manifest)
+    _check_layout(manifest)
+    _check_head(manifest)
+    for key, graph in manifest.graphs.items():
+        _check_graph(manifest, key, graph)
+    for name, method in manifest.methods.items():
+        _check_method(manifest, name, method)
+
+
+# ------------------------------------------------------------------------------------------ B6: file names
+
+
+def _check_files(manifest: Manifest) -> None:
+    for name, entry in manifest.files.items():
+        _need(
+            bool(_FILE.fullmatch(name)) and name != MANIFEST,
+            PathEscapes,
+            f"files lists `{name}`, which is not a plain file name inside the bundle",
+        )
+        _need(
+            bool(_HEX.fullmatch(entry.sha256)),
+            ManifestInconsistent,
+            f"files.{name} has sha256 `{entry.sha256[:80]}`, expected 64 hexadecimal digits",
+        )
+    for name in (THETA, ANCHOR, *(graph.file for graph in manifest.graphs.values())):
+        _need(name in manifest.files, ManifestInconsistent, f"`{name}` is used but not listed in files")
+
+
+# ------------------------------------------------------------------------------------------ B7: theta layout
+
+
+def _check_layout(manifest: Manifest) -> None:
+    layout = manifest.theta
+    position = trained = 0
+    names: set[str] = set()
+    for entry in layout.entries:
+        size = _size(entry.shape, LayoutMalformed, f"theta entry `{entry.name}`")
+        _need(
+            entry.offset == position,
+            LayoutMalformed,
+            f"theta entry `{entry.name}` starts at {entry.offset}, the one before it ends at {position}",
+        )
+        _need(
+            bool(entry.name) and entry.name not in names, LayoutMalformed, f"theta has `{entry.name}` twice"
+        )
+        _need(
+            not entry.trained or trained == position,
+            LayoutMalformed,
+            f"trained theta entry `{entry.name}` comes after one that is not trained",
+        )
+        names.add(entry.name)
+        position += size
+        trained = position if entry.trained else trained
+    _need(position > 0, LayoutMalformed, "theta has no entries")
+    _need(
+        position == layout.size,
+        LayoutMalformed,
+        f"theta.size is {layout.size}, the entries have {position} elements",
+    )
+    _need(
+        trained == layout.trained,
+        LayoutMalformed,
+        f"theta.trained is {layout.trained}, the trained entries have {trained} elements",
+    )
+    _need(
+        bool(_HEX.fullmatch(layout.digest)),
+        LayoutMalformed,
+        f"theta.digest is `{layout.digest[:80]}`, expected 64 hexadecimal digits",
+    )
+
+
+# -------------------------------------------------------------------------------------- B8: everything else
+
+
+def _check_head(manifest: Manifest) -> None:
+    task, shape, classes = manifest.task, manifest.input.shape, manifest.classes
+    _need(
+        task == "classification",
+        ManifestInconsistent,
+        f"task is `{task}`, this version knows `classification`",
+    )
+    _need(bool(manifest.model_id), ManifestInconsistent, "model_id is empty")
+    _need(bool(manifest.adapter), ManifestInconsistent, "adapter is empty")
+    _need(classes >= 1, ManifestInconsistent, f"classes is {classes}, at least 1 is needed")
+    names = manifest.class_names
+    _need(
+        names is None or len(names) == classes,
+        ManifestInconsistent,
+        f"there are {len(names or [])} class names for {classes} classes",
+    )
+    spec = manifest.input
+    _need(
+        spec.dtype in ("float32", "uint8"),
+        ManifestInconsistent,
+        f"input.dtype is `{spec.dtype}`, expected float32 or uint8",
+    )
+    _need(
+        spec.layout in ("NCHW", "flat"),
+        ManifestInconsistent,
+        f"input.layout is `{spec.layout}`, expected NCHW or flat",
+    )
+    _need(
+        spec.low < spec.high,
+        ManifestInconsistent,
+        f"input.low {spec.low} is not below input.high {spec.high}",
+    )
+    rank = 4 if spec.layout == "NCHW" else 2
+    _need(
+        len(shape) == rank and shape[0] == "batch" and "batch" not in shape[1:],
+        ManifestInconsistent,
+        f'input.shape is {shape}, expected {rank} dimensions with "batch" first',
+    )
+    _size([n for n in shape if isinstance(n, int)], ManifestInconsistent, "input.shape")
+    forward = manifest.graphs.get(FORWARD)
+    _need(
+        forward is not None and forward.role == "serve",
+        ManifestInconsistent,
+        "there is no serving graph `forward`",
+    )
+    _need(
+        manifest.default_method in manifest.methods,
+        ManifestInconsistent,
+        f"default_method `{manifest.default_method}` is not a method"
+        + did_you_mean(manifest.default_method, manifest.methods),
+    )
+
+
+def _check_method(manifest: Manifest, name: str, method: MethodSpec) -> None:
+    where = f"method `{name}`"
+    _need(bool(_NAME.fullmatch(name)), ManifestInconsistent, f"{where}: the name is not of the form a-z0-9_-")
+    _need(
+        method.logits in ("before", "after"),
+        ManifestInconsistent,
+        f"{where}: logits is `{method.logits}`, expected before or after",
+    )
+    _need(
+        method.min_batch >= 1 and (method.batch is None or method.batch >= method.min_batch),
+        ManifestInconsistent,
+        f"{where}: batch {method.batch} and min_batch {method.min_batch} contradict each other",
+    )
+    _need(
+        method.rand <= MAX_RAND,
+        ManifestInconsistent,
+        f"{where}: rand is {method.rand}, the limit is {MAX_RAND}",
+    )
+    _distinct([s.name for s in method.state], f"{where}: state")
+    _distinct([h.name for h in method.hyper], f"{where}: hyper")
+    _distinct(method.report, f"{where}: report")
+    for state in method.state:
+        _size(state.shape, ManifestInconsistent, f"{where}: state `{state.name}`")
+        _need(
+            state.dtype in DTYPES and state.init in ("zeros", "ones", "theta"),
+            ManifestInconsistent,
+            f"{where}: state `{state.name}` has dtype `{state.dtype}` and init `{state.init}`",
+        )
+        _need(
+            state.init != "theta" or (state.dtype == "float32" and state.shape == [manifest.theta.size]),
+            ManifestInconsistent,
+            f"{where}: state `{state.name}` starts as theta but is {state.dtype} {state.shape}",
+        )
+    for hyper in method.hyper:
+        low = -math.inf if hyper.low is None else hyper.low
+        high = math.inf if hyper.high is None else hyper.high
+        _need(
+            abs(hyper.default) <= MAX_HYPER and low <= hyper.default <= high,
+            ManifestInconsistent,
+            f"{where}: hyper `{hyper.name}` has default {hyper.default} outside of {low}..{high}",
+        )
+    kind, _, key = method.serve_vector.partition(":")
+    vectors = [s.name for s in method.state if s.dtype == "float32" and s.shape == [manifest.theta.size]]
+    _need(
+        method.serve_vector == "theta" or (kind == "state" and key in vectors),
+        ManifestInconsistent,
+        f"{where}: serve_vector is `{method.serve_vector}`, expected theta or state:NAME of a float32 "
+        f"[{manifest.theta.size}]",
+    )
+    for graph_key, role in ((method.serve, "serve"), (method.step, "step")):
+        if graph_key is None:
+            continue
+        graph = manifest.graphs.get(graph_key)
+        if graph is None or graph.role != role:
+            raise ManifestInconsistent(
+                f"{where}: there is no {role} graph `{graph_key}`" + did_you_mean(graph_key, manifest.graphs),
+                REBUILD,
+            )
+        _check_use(manifest, name, method, graph_key, graph)
+
+
+# ------------------------------------------------------------------------------------------ B9: ports
+
+
+def _check_graph(manifest: Manifest, key: str, graph: Graph) -> None:
+    where = f"graph `{key}`"
+    _need(
+        graph.role in ROLES, ManifestInconsistent, f"{where}: role is `{graph.role}`, expected one of {ROLES}"
+    )
+    for side, ports, binds in (("input", graph.inputs, INPUT_BINDS), ("output", graph.outputs, OUTPUT_BINDS)):
+        names = [p.name for p in ports]
+        bound = [(p.bind, p.key) for p in ports]
+        _need(
+            len(set(names)) == len(names) and all(names),
+            GraphMismatch,
+            f"{where}: {side} names {names} repeat",
+        )
+        _need(
+            len(set(bound)) == len(bound), GraphMismatch, f"{where}: two {side}s are bound to the same value"
+        )
+        for port in ports:
+            _need(
+                port.bind in binds and port.dtype in DTYPES,
+                GraphMismatch,
+                f"{where}: {side} `{port.name}` has bind `{port.bind}` and dtype `{port.dtype}`",
+            )
+            _need(
+                (port.bind in ("batch", "state", "anchor")) == bool(port.key),
+                GraphMismatch,
+                f"{where}: {side} `{port.name}` is bound to {port.bind} with key `{port.key}`",
+            )
+            _size(
+                [n for n in port.shape if isinstance(n, int)], GraphMismatch, f"{where}: {side} `{port.name}`"
+            )
+    if key == FORWARD:
+        binds_used = {(p.bind, p.key) for p in graph.inputs}
+        _need(
+            binds_used <= {("batch", "x"), ("theta", "")},
+            GraphMismatch,
+            f"{where} takes {sorted(b for b, _ in binds_used)}, it must need only x and theta",
+        )
+
+
+def _check_use(manifest: Manifest, name: str, method: MethodSpec, key: str, graph: Graph) -> None:
+    """Check a graph's ports against the method that uses it, where the sizes of all vectors are known."""
+    where = f"graph `{key}` of method `{name}`"
+    step = graph.role == "step"
+    batch: int | str = method.batch if step and method.batch is not None else "batch"
+    states = {s.name: (s.dtype, list[int | str](s.shape)) for s in method.state}
+    expected: dict[tuple[str, str], tuple[str, list[int | str]]] = {
+        ("batch", "x"): (manifest.input.dtype, [batch, *manifest.input.shape[1:]]),
+        ("theta", ""): ("float32", [manifest.theta.size]),
+        ("logits", ""): ("float32", [batch, manifest.classes]),
+        **{("state", k): v for k, v in states.items()},
+    }
+    if step:
+        expected |= {
+            ("batch", "weight"): ("float32", [batch]),
+            ("hyper", ""): ("float32", [len(method.hyper)]),
+            ("rand", ""): ("float32", [method.rand]),
+            ("report", ""): ("float32", [len(method.report)]),
+        }
+    free = (
+        "anchor",
+        "features",
+    )  # anchors are checked against their file, features have no size in the manifest
+    for port in (*graph.inputs, *graph.outputs):
+        if port.bind in free:
+            continue
+        if (port.bind, port.key) not in expected:
+            raise GraphMismatch(
+                f"{where}: `{port.name}` is bound to {port.bind} `{port.key}`, unknown to the method",
+                REBUILD,
+            )
+        dtype, shape = expected[port.bind, port.key]
+        _need(
+            port.dtype == dtype and _fits(port, shape),
+            GraphMismatch,
+            f"{where}: `{port.name}` is {port.dtype} {port.shape}, expected {dtype} {shape}",
+        )
+    outputs = {(p.bind, p.key) for p in graph.outputs}
+    needed = {("logits", "")}
+    if step:
+        needed |= {("theta", ""), *(("state", k) for k in states)}
+        needed |= {("report", "")} if method.report else set()
+    allowed = needed | {("features", "")}
+    _need(
+        needed <= outputs <= allowed,
+        GraphMismatch,
+        f"{where} returns {_names(outputs)}, expected {_names(needed)}",
+    )
+
+
+def _fits(port: Port, shape: list[int | str]) -> bool:
+    return len(port.shape) == len(shape) and all(
+        a == b or (isinstance(a, str) and isinstance(b, str)) for a, b in zip(port.shape, shape, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------------------ helpers
+
+
+def _need(condition: bool, error: type[BundleError], cause: str) -> None:
+    if not condition:
+        raise error(cause, REBUILD)
+
+
+def _names(bound: Iterable[tuple[str, str]]) -> list[str]:
+    return sorted(f"{bind} {key}".strip() for bind, key in bound)
+
+
+def _distinct(names: Collection[str], where: str) -> None:
+    _need(
+        len(set(names)) == len(names) and all(names),
+        ManifestInconsistent,
+        f"{where} names {list(names)} are empty or repeat",
+    )
+
+
+def _size(shape: Iterable[int], error: type[BundleError], where: str) -> int:
+    """Number of elements; refuses dimensions below 1 and products that no machine holds."""
+    size = 1
+    for n in shape:
+        _need(n >= 1, error, f"{where} has a dimension of {n}")
+        size *= n
+        _need(size <= MAX_ELEMENTS, error, f"{where} has more than {MAX_ELEMENTS} elements")
+    return size

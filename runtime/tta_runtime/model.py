@@ -1,0 +1,565 @@
+"""A model that adapts: theta, a method's state and the engines that use them.
+
+with_old = model.predict(x).logits
+step = model.step(x)        # pure: logits, theta', state', report
+model.commit(step)          # the flip
+model.roll_back()           # undone, theta and state together
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import inputs, state_file, theta
+from .arrays import frozen, is_finite, owned
+from .atomic import write_atomic
+from .bundle import Bundle
+from .engine import Engine, EngineOptions, Loader
+from .engine_ort import OrtEngine
+from .errors import (
+    BadValue,
+    BatchTooSmall,
+    EngineFailed,
+    LayoutMismatch,
+    NonFiniteState,
+    StaleBase,
+    StateMalformed,
+    StateMissing,
+    StateUnreadable,
+    StateUnwritable,
+    UnknownHyper,
+    UnknownMethod,
+    WeightUnsupported,
+    WrongBatch,
+    did_you_mean,
+)
+from .files import read_at_most, reason
+from .inputs import Limits
+from .manifest import FORWARD, Manifest, MethodSpec, Port
+from .manifest_check import MAX_HYPER
+from .numerics import uniforms
+
+_log = logging.getLogger(__name__)
+Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The answer for one batch."""
+
+    logits: NDArray[np.float32]
+    """[batch, classes], unnormalised."""
+    features: NDArray[np.float32] | None
+    """[batch, F], what the last layer sees; None if the graph does not return it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one step of the method would change. Nothing is changed until it is committed.
+
+    A guard may hand on a changed one: `dataclasses.replace(step, theta=nearer)`.
+    """
+
+    logits: NDArray[np.float32]
+    """[batch, classes], of the theta before or after the update, as the method says."""
+    theta: Vector
+    """[P], the new theta."""
+    state: Mapping[str, NDArray[Any]]
+    """The method's new state by name."""
+    report: Mapping[str, float]
+    """The step's named numbers, e.g. loss and mean entropy."""
+    origin: object = field(default=None, repr=False)
+    """What the step started from; `commit` refuses a step that started from something else than is active."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Active:
+    """Theta, state and what the next random numbers follow from: what flips as one."""
+
+    theta: Vector
+    state: Mapping[str, NDArray[Any]]
+    steps: int
+    seed: int
+
+
+class Engines:
+    """The loaded graphs of a bundle, for any number of models. Stateless, safe for several threads."""
+
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], methods: Sequence[str]) -> None:
+        self.bundle = bundle
+        self.methods = tuple(methods)
+        self._engines = dict(engines)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Bundle | Path | str,
+        *,
+        methods: Sequence[str] | None = None,
+        options: EngineOptions | None = None,
+        loader: Loader = OrtEngine,
+    ) -> Engines:
+        """Load the graphs that the given methods need, each once.
+
+        Args:
+            bundle: an opened bundle, or the path of one.
+            methods: names; None: all of the bundle.
+            options: threads, provider, memory.
+            loader: what makes an engine of a graph.
+
+        Raises:
+            BundleError: the bundle is refused.
+            UnknownMethod: the bundle has no method of that name.
+            EngineError: a graph cannot be loaded here.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle)
+        known = bundle.manifest.methods
+        wanted = list(known) if methods is None else list(methods)
+        keys = {FORWARD: None}  # a dict keeps the order
+        for name in wanted:
+            spec = _method(known, name, known)
+            keys |= {key: None for key in (spec.serve, spec.step) if key is not None}
+        options = options or EngineOptions()
+        return cls(bundle, {key: loader(bundle, key, options) for key in keys}, wanted)
+
+    def __getitem__(self, graph: str) -> Engine:
+        return self._engines[graph]
+
+    @property
+    def providers(self) -> dict[str, str]:
+        """What runs each graph."""
+        return {key: engine.provider for key, engine in self._engines.items()}
+
+
+class Model:
+    """One stream's theta and state, with the engines that predict and adapt.
+
+    A model has one writer: `commit`, `adapt`, `reset`, `swap`, `roll_back` and `load` must not run at the
+    same time. Reading is free: `predict` and `step` in other threads see theta and state as they were
+    before or after such a call, never a mix, because both flip with one assignment.
+
+    Args:
+        engines: from `Engines.load`; may be shared by many models.
+        method: name; None: the manifest's default.
+        hyper: values that replace the method's defaults.
+        seed: names the random numbers of all steps; with it any run replays bit for bit.
+        limits: bounds for one batch.
+
+    Raises:
+        UnknownMethod, UnknownHyper: no such name, with the nearest known one.
+        BadValue: a hyper value or the seed is out of range.
+    """
+
+    def __init__(
+        self,
+        engines: Engines,
+        method: str | None = None,
+        *,
+        hyper: Mapping[str, float] | None = None,
+        seed: int = 0,
+        limits: Limits | None = None,
+    ) -> None:
+        bundle = engines.bundle
+        self.engines = engines
+        self.manifest: Manifest = bundle.manifest
+        self.method: str = self.manifest.default_method if method is None else method
+        self.spec: MethodSpec = _method(self.manifest.methods, self.method, engines.methods)
+        self.limits = limits or Limits()
+        self.theta0: Vector = bundle.theta0
+        self._hyper = _hyper(self.spec, self.method, hyper or {})
+        self._hyper_vector = frozen(np.array(list(self._hyper.values()), dtype=np.float32))
+        if not 0 <= seed < 1 << 128:
+            raise BadValue(f"seed is {seed}", "Use a number from 0 to 2**128 - 1")
+        self._source = engines[FORWARD]
+        self._serve = engines[self.spec.serve]
+        self._step = None if self.spec.step is None else engines[self.spec.step]
+        self._active = self._start(self.theta0, 0, seed)
+        self._last_good: _Active | None = None
+        self._derived: tuple[_Active, str, float] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        method: str | None = None,
+        hyper: Mapping[str, float] | None = None,
+        seed: int = 0,
+        options: EngineOptions | None = None,
+        limits: Limits | None = None,
+    ) -> Model:
+        """A model from a bundle's path, with only the graphs that its method needs.
+
+        Raises:
+            TtaError: what `Bundle.open`, `Engines.load` and `Model` raise.
+        """
+        bundle = Bundle.open(path)
+        name = bundle.manifest.default_method if method is None else method
+        engines = Engines.load(bundle, methods=[name], options=options)
+        return cls(engines, name, hyper=hyper, seed=seed, limits=limits)
+
+    # -------------------------------------------------------------------------------- what it is now
+
+    @property
+    def theta(self) -> Vector:
+        """The active theta, [P], read-only."""
+        return self._active.theta
+
+    @property
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The active state by name, each array read-only."""
+        return dict(self._active.state)
+
+    @property
+    def steps(self) -> int:
+        """How many steps were committed since the source."""
+        return self._active.steps
+
+    @property
+    def seed(self) -> int:
+        """The seed of the steps' random numbers."""
+        return self._active.seed
+
+    @property
+    def hyper(self) -> dict[str, float]:
+        """The method's hyper-parameters in use."""
+        return dict(self._hyper)
+
+    @property
+    def takes_weight(self) -> bool:
+        """Whether a sample can be refused by weight 0."""
+        return self._step is not None and any(p.key == "weight" for p in self._step.spec.inputs)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the active theta; see `theta.digest`."""
+        return self._facts()[1]
+
+    @property
+    def distance(self) -> float:
+        """Relative Euclidean distance of the active theta from the source."""
+        return self._facts()[2]
+
+    # -------------------------------------------------------------------------------- predicting
+
+    def check_input(self, x: NDArray[Any]) -> NDArray[Any]:
+        """The batch as a C-contiguous array, if it is one that this model takes.
+
+        A value outside of the manifest's low..high is not an error: real sensors clip and noise overshoots.
+
+        Args:
+            x: [batch, ...] of exactly the manifest's dtype and shape.
+
+        Raises:
+            InputError: WrongDtype, WrongShape, EmptyBatch, TooLarge or NonFinite.
+        """
+        return inputs.check_batch(self.manifest.input, self.limits, x)
+
+    def predict(self, x: NDArray[Any], *, source: bool = False) -> Prediction:
+        """The answer for a batch.
+
+        Args:
+            x: [batch, ...] as the manifest's input says.
+            source: True: the answer of the frozen source model, for comparison.
+
+        Raises:
+            InputError: the batch is refused.
+            EngineFailed: the engine failed.
+        """
+        x = self.check_input(x)
+        if source:
+            return self._predict(self._source, x, self._active, self.theta0)
+        now = self._active
+        return self._predict(self._serve, x, now, self._serving(now))
+
+    # -------------------------------------------------------------------------------- adapting
+
+    def step(self, x: NDArray[Any], weight: NDArray[np.float32] | None = None) -> Step:
+        """One step of the method on a batch; pure, nothing is changed.
+
+        A method that only serves returns the prediction with theta and state as they are and an empty report.
+
+        Args:
+            x: [batch, ...] as the manifest's input says.
+            weight: [batch] float32, finite, >= 0; 0 refuses a sample. None: all 1.
+
+        Raises:
+            InputError: the batch or the weights are refused, or the method cannot step on so few samples.
+            EngineFailed: the engine failed.
+        """
+        x = self.check_input(x)
+        now = self._active
+        weight = self._check_weight(weight, len(x))
+        if self._step is None:
+            logits = self._predict(self._serve, x, now, self._serving(now)).logits
+            return Step(logits, now.theta, now.state, {}, now)
+        if len(x) < self.spec.min_batch:
+            raise BatchTooSmall(
+                f"x has {len(x)} samples, a step of `{self.method}` needs {self.spec.min_batch}",
+                "Collect more samples, or only predict",
+            )
+        if self.spec.batch is not None and len(x) != self.spec.batch:
+            raise WrongBatch(
+                f"x has {len(x)} samples, the step of `{self.method}` is compiled for {self.spec.batch}",
+                "Collect that many samples, or only predict",
+            )
+        outputs = self._run(self._step, x, weight, now, now.theta)
+        report = outputs.pop(("report", ""), np.zeros(0, np.float32))
+        return Step(
+            logits=outputs[("logits", "")],
+            theta=frozen(outputs[("theta", "")]),
+            state=MappingProxyType({s.name: frozen(outputs[("state", s.name)]) for s in self.spec.state}),
+            report=dict(zip(self.spec.report, report.tolist(), strict=True)),
+            origin=now,
+        )
+
+    def commit(self, step: Step) -> None:
+        """Make the step's theta and state the active ones, and the present ones the last good.
+
+        Raises:
+            StaleBase: the step started from a theta and state that are no longer active.
+            LayoutMismatch: an array of the step has another shape or dtype.
+            NonFiniteTheta, NonFiniteState: NaN or Inf. Nothing is changed by any refusal.
+        """
+        now = self._active
+        if step.origin is not now:
+            raise StaleBase(
+                f"the step did not start from the active theta {self.digest[:12]} at {now.steps} steps",
+                "Compute the step again",
+            )
+        if self._step is None:
+            return
+        vector = theta.check(self.manifest.theta, step.theta)
+        state = self._check_state(step.state)
+        self._last_good = now
+        self._active = _Active(owned(vector), state, now.steps + 1, now.seed)
+
+    def adapt(self, x: NDArray[Any], weight: NDArray[np.float32] | None = None) -> Step:
+        """`step` and `commit`.
+
+        Raises:
+            TtaError: what these two raise.
+        """
+        step = self.step(x, weight)
+        self.commit(step)
+        return step
+
+    def reset(self) -> None:
+        """Back to the source: theta, state and steps as in a new model, with nothing to roll back to."""
+        self._active = self._start(self.theta0, 0, self._active.seed)
+        self._last_good = None
+
+    def swap(self, vector: Vector, *, base: str | None = None) -> None:
+        """Replace theta by another vector; the state starts anew beside it. `roll_back` undoes it.
+
+        Args:
+            vector: [P] float32, finite.
+            base: digest of the theta that the vector was made for; None: do not check.
+
+        Raises:
+            StaleBase: the active theta is not that base.
+            LayoutMismatch, NonFiniteTheta: the vector is refused. Nothing is changed by any refusal.
+        """
+        if base is not None and base != self.digest:
+            raise StaleBase(
+                f"theta was made for base {base[:12]}, active is {self.digest[:12]}",
+                "Fetch the theta for the active base, or a snapshot",
+            )
+        now = self._active
+        vector = owned(theta.check(self.manifest.theta, np.asarray(vector)))
+        self._last_good = now
+        self._active = self._start(vector, now.steps, now.seed)
+
+    def roll_back(self) -> bool:
+        """Return to theta and state from before the last `commit` or `swap`; once.
+
+        Returns:
+            False if there is nothing to return to; then nothing is changed.
+        """
+        if self._last_good is None:
+            return False
+        self._active, self._last_good = self._last_good, None
+        return True
+
+    # -------------------------------------------------------------------------------- files
+
+    def save(self, path: Path | str) -> None:
+        """Write theta, state, steps and seed to a state file, atomically: old file or new, never a mix.
+
+        Raises:
+            StateUnwritable: the operating system refuses; a file at the path is as it was.
+        """
+        now = self._active
+        saved = state_file.Saved(now.theta, now.state, self.method, self._hyper, now.steps, now.seed)
+        try:
+            write_atomic(Path(path), state_file.encode(self.manifest, saved))
+        except OSError as error:
+            raise StateUnwritable(
+                f"{path} cannot be written: {reason(error)}", "Free space or choose another place"
+            ) from error
+
+    def load(self, path: Path | str) -> None:
+        """Continue from a state file: its theta, state, steps and seed, with the hyper of this model.
+
+        Raises:
+            StateError: the subclass that names why the file is refused. Nothing is changed by any refusal.
+        """
+        limit = state_file.max_bytes(self.manifest, self.spec.state)
+        try:
+            data = read_at_most(path, limit)
+        except FileNotFoundError as error:
+            raise StateMissing(
+                f"there is no state file {path}", "Check the path, or start from the source"
+            ) from error
+        except OSError as error:
+            raise StateUnreadable(
+                f"{path} cannot be read: {reason(error)}", "Check its permissions"
+            ) from error
+        if len(data) > limit:
+            raise StateMalformed(
+                f"{path} has more than {limit} bytes, the most a state of `{self.method}` has",
+                "Delete the file to start from the source",
+            )
+        saved = state_file.decode(data, self.manifest, self.method)
+        if dict(saved.hyper) != self._hyper:
+            _log.info("state %s was made with hyper %s, going on with %s", path, saved.hyper, self._hyper)
+        state = MappingProxyType({name: owned(array) for name, array in saved.state.items()})
+        self._active = _Active(owned(saved.theta), state, saved.steps, saved.seed)
+        self._last_good = None
+
+    # -------------------------------------------------------------------------------- inside
+
+    def _serving(self, now: _Active) -> Vector:
+        """The vector that answers between steps: theta, or a teacher held in the state."""
+        kind, _, key = self.spec.serve_vector.partition(":")
+        return now.theta if kind == "theta" else now.state[key]
+
+    def _start(self, vector: Vector, steps: int, seed: int) -> _Active:
+        """The vector with the method's initial state beside it."""
+        state = {}
+        for s in self.spec.state:
+            if s.init == "theta":
+                state[s.name] = vector
+            else:
+                fill = np.zeros if s.init == "zeros" else np.ones
+                state[s.name] = frozen(fill(s.shape, dtype=s.dtype))
+        return _Active(vector, MappingProxyType(state), steps, seed)
+
+    def _facts(self) -> tuple[_Active, str, float]:
+        """Digest and distance of the active theta, computed once for each theta."""
+        now, facts = self._active, self._derived
+        if facts is None or facts[0] is not now:
+            digest = theta.digest(self.manifest.theta, now.theta)
+            facts = self._derived = (now, digest, theta.distance(now.theta, self.theta0))
+        return facts
+
+    def _check_weight(self, weight: NDArray[np.float32] | None, batch: int) -> NDArray[np.float32]:
+        weight = inputs.check_weight(weight, batch)
+        if self._step is not None and not self.takes_weight and not (weight == 1).all():
+            raise WeightUnsupported(
+                f"the step of `{self.method}` takes no weights, {int((weight != 1).sum())} samples have one",
+                "Step without the samples that shall not count",
+            )
+        return weight
+
+    def _check_state(self, state: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        expected = {s.name: (s.dtype, s.shape) for s in self.spec.state}
+        given = {name: (str(a.dtype), list(a.shape)) for name, a in state.items()}
+        if given != expected:
+            raise LayoutMismatch(
+                f"the state is {given}, the method's is {expected}", "Commit what `step` returned"
+            )
+        for name, array in state.items():
+            if not is_finite(array):
+                raise NonFiniteState(
+                    f"state `{name}` holds values that are not finite", "Keep the previous state"
+                )
+        return MappingProxyType({name: owned(array) for name, array in state.items()})
+
+    def _predict(self, engine: Engine, x: NDArray[Any], now: _Active, vector: Vector) -> Prediction:
+        outputs = self._run(engine, x, None, now, vector)
+        return Prediction(outputs[("logits", "")], outputs.get(("features", "")))
+
+    def _run(
+        self, engine: Engine, x: NDArray[Any], weight: Vector | None, now: _Active, vector: Vector
+    ) -> dict[tuple[str, str], NDArray[Any]]:
+        """Outputs by (bind, key): every port gets what the manifest binds it to."""
+        anchor = self.engines.bundle.anchor
+
+        def bound(port: Port) -> NDArray[Any]:
+            if port.bind == "batch":
+                return x if port.key == "x" else cast(Vector, weight)
+            if port.bind == "theta":
+                return vector
+            if port.bind == "state":
+                return now.state[port.key]
+            if port.bind == "anchor":
+                return anchor[port.key]
+            if port.bind == "hyper":
+                return self._hyper_vector
+            return uniforms(now.seed, now.steps, self.spec.rand)
+
+        outputs = engine.run({port.name: bound(port) for port in engine.spec.inputs})
+        for port in engine.spec.outputs:
+            _check_output(port, outputs[port.name], len(x))
+        return {(port.bind, port.key): outputs[port.name] for port in engine.spec.outputs}
+
+
+def _check_output(port: Port, value: NDArray[Any], batch: int) -> None:
+    """An open dimension of the file may turn out as anything; here is the last place to notice."""
+    want = [batch if n == "batch" else n for n in port.shape]
+    if len(want) != value.ndim or any(
+        isinstance(n, int) and n != m for n, m in zip(want, value.shape, strict=True)
+    ):
+        raise EngineFailed(
+            f"the graph returned `{port.name}` {list(value.shape)}, expected {want}", "Build the bundle again"
+        )
+
+
+def _method(known: Mapping[str, MethodSpec], name: str, loaded: Collection[str]) -> MethodSpec:
+    if name not in known:
+        raise UnknownMethod(
+            f"unknown method `{name}`" + did_you_mean(name, known), "Choose a method of the bundle"
+        )
+    if name not in loaded:
+        raise UnknownMethod(
+            f"method `{name}` is in the bundle but its graphs are not loaded; loaded: {', '.join(loaded)}",
+            "Load the engines with that method",
+        )
+    return known[name]
+
+
+def _hyper(spec: MethodSpec, method: str, given: Mapping[str, float]) -> dict[str, float]:
+    names = [h.name for h in spec.hyper]
+    for name in given:
+        if name not in names:
+            raise UnknownHyper(
+                f"method `{method}` has no hyper-parameter `{name}`" + did_you_mean(name, names),
+                "Use a name that the bundle lists",
+            )
+    values: dict[str, float] = {}
+    for h in spec.hyper:
+        wanted = given.get(h.name, h.default)
+        try:
+            value = float(wanted)
+        except (TypeError, ValueError):
+            value = math.nan  # in no range
+        low = -MAX_HYPER if h.low is None else h.low
+        high = MAX_HYPER if h.high is None else h.high
+        if not (low <= value <= high and abs(value) <= MAX_HYPER):
+            raise BadValue(
+                f"hyper-parameter `{h.name}` is {wanted!r}, expected a number from {low:g} to {high:g}",
+                "Use a value in that range",
+            )
+        values[h.name] = value
+    return values

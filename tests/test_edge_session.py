@@ -1,0 +1,188 @@
+"""The protocol as a pair: a client's session and the daemon's, with a list in place of the wire."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tta_edge import errors, wire
+from tta_edge.session import TRANSITIONS, Arrived, ClientSession, Phase, Refused, ServerSession, Signal
+
+X = np.ones((2, 3), np.float32)
+PEER = b"\0peer"
+
+
+def server(capacity=2):
+    return ServerSession(wire.Limits(), capacity=capacity)
+
+
+def predict(client):
+    return [bytes(f) for f in client.request(wire.Predict(id=0, x=wire.declare(X)), {"x": X})]
+
+
+def read(client, replies):
+    """The one reply, as the client reads it."""
+    ((peer, *frames),) = replies
+    assert peer == PEER
+    return client.receive([bytes(f) for f in frames])
+
+
+def answer(session, arrived, now_s=0.0):
+    return session.answer(
+        arrived, wire.ResetDone(id=arrived.message.id, stream="s", theta_digest="d"), {}, now_s
+    )
+
+
+def test_one_request_goes_there_and_back():
+    client, daemon = ClientSession(), server()
+    (arrived,), replies = daemon.receive(PEER, predict(client), 1.0)
+    assert isinstance(arrived, Arrived)
+    assert replies == []
+    assert (daemon.open, arrived.at_s) == (1, 1.0)
+    np.testing.assert_array_equal(arrived.tensors["x"], X)
+    received = read(client, answer(daemon, arrived))
+    assert received.message.theta_digest == "d"
+    assert daemon.open == 0
+
+
+def test_a_stale_reply_is_dropped_and_the_next_one_is_not():
+    client, daemon = ClientSession(), server()
+    (first,), _ = daemon.receive(PEER, predict(client), 0.0)
+    (second,), _ = daemon.receive(PEER, predict(client), 0.0)  # the client gave up on the first
+    assert read(client, answer(daemon, first)) is None
+    assert read(client, answer(daemon, second)).message.id == second.message.id
+
+
+def test_what_cannot_be_read_is_answered_and_opens_nothing():
+    client, daemon = ClientSession(), server()
+    client.request(wire.Info(id=0))
+    (event,), replies = daemon.receive(PEER, [b"GET / HTTP/1.1\r\n"], 0.0)
+    assert isinstance(event, Refused)
+    error = read(client, replies).message
+    assert (error.code, error.id, daemon.open) == ("bad-framing", None, 0)
+
+
+def test_a_full_queue_answers_busy_with_a_time_that_grows_with_the_queue():
+    waits = []
+    for capacity in (1, 4):
+        client, daemon = ClientSession(), server(capacity)
+        (slow,), _ = daemon.receive(PEER, predict(client), 0.0)
+        answer(daemon, slow, 2.0)  # a request takes two seconds here
+        for _ in range(capacity):
+            daemon.receive(PEER, predict(client), 2.0)
+        (event,), replies = daemon.receive(PEER, predict(client), 2.0)
+        assert isinstance(event, Refused)
+        error = read(client, replies).message
+        assert (error.code, daemon.open) == ("busy", capacity)
+        waits.append(error.retry_after_s)
+    assert waits == [2.0, 8.0]
+
+
+def test_the_queue_is_bounded_in_bytes_too_and_one_large_request_still_passes():
+    client = ClientSession()
+    daemon = ServerSession(wire.Limits(), capacity=100, max_open_bytes=2 * X.nbytes + 1)
+    (first,), _ = daemon.receive(PEER, predict(client), 0.0)
+    daemon.receive(PEER, predict(client), 0.0)
+    (event,), replies = daemon.receive(PEER, predict(client), 0.0)
+    assert isinstance(event, Refused)
+    assert read(client, replies).message.code == "busy"
+    answer(daemon, first)
+    assert isinstance(daemon.receive(PEER, predict(client), 0.0)[0][0], Arrived)
+    tight = ServerSession(wire.Limits(), capacity=100, max_open_bytes=1)
+    assert isinstance(tight.receive(PEER, predict(client), 0.0)[0][0], Arrived)
+
+
+def test_after_busy_a_place_is_free_again():
+    client, daemon = ClientSession(), server(capacity=1)
+    (first,), _ = daemon.receive(PEER, predict(client), 0.0)
+    daemon.receive(PEER, predict(client), 0.0)
+    answer(daemon, first)
+    assert isinstance(daemon.receive(PEER, predict(client), 0.0)[0][0], Arrived)
+
+
+def test_an_id_is_used_once_at_a_time_and_only_by_its_peer():
+    client, daemon = ClientSession(), server(capacity=8)
+    frames = predict(client)
+    (first,), _ = daemon.receive(PEER, frames, 0.0)
+    (again,), replies = daemon.receive(PEER, frames, 0.0)
+    assert isinstance(again, Refused)
+    assert read(client, replies).message.code == "duplicate-request"
+    assert isinstance(daemon.receive(b"other", frames, 0.0)[0][0], Arrived)
+    answer(daemon, first)
+    assert isinstance(daemon.receive(PEER, frames, 0.0)[0][0], Arrived)
+
+
+def test_draining_refuses_new_requests_and_closes_with_the_last_answer():
+    client, daemon = ClientSession(), server()
+    (open_one,), _ = daemon.receive(PEER, predict(client), 0.0)
+    daemon.drain()
+    assert daemon.phase is Phase.DRAINING
+    (event,), replies = daemon.receive(PEER, predict(client), 0.0)
+    assert isinstance(event, Refused)
+    assert read(client, replies).message.code == "draining"
+    assert answer(daemon, open_one)
+    assert daemon.phase is Phase.CLOSED
+
+
+def test_draining_with_nothing_open_closes_at_once():
+    daemon = server()
+    daemon.drain()
+    assert daemon.phase is Phase.CLOSED
+
+
+def test_a_peer_that_went_away_is_forgotten_and_its_answer_goes_nowhere():
+    client, daemon = ClientSession(), server()
+    (arrived,), _ = daemon.receive(PEER, predict(client), 0.0)
+    assert daemon.gone(PEER) == 1
+    assert daemon.gone(PEER) == 0
+    assert daemon.open == 1  # it still has its place in the queue, so nobody else may have it
+    daemon.drain()
+    assert daemon.phase is Phase.DRAINING
+    assert answer(daemon, arrived) == []
+    assert (daemon.open, daemon.phase) == (0, Phase.CLOSED)
+
+
+def test_the_life_of_a_session_only_moves_forward():
+    order = list(Phase)
+    for phase, moves in TRANSITIONS.items():
+        assert set(moves) <= set(Signal)
+        assert all(order.index(target) == order.index(phase) + 1 for target in moves.values())
+    assert TRANSITIONS[Phase.CLOSED] == {}
+
+
+def test_a_reply_that_breaks_the_wire_format_is_an_error_of_the_client():
+    client = ClientSession()
+    client.request(wire.Info(id=0))
+    with pytest.raises(errors.WireError):
+        client.receive([wire.PROTOCOL, b"\xc1"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(["request", "garbage", "answer", "gone", "drain"]), max_size=40))
+def test_in_any_order_every_request_is_answered_at_most_once_and_the_queue_is_bounded(actions):
+    daemon, clients = server(capacity=3), {peer: ClientSession() for peer in (b"a", b"b")}
+    waiting: list[Arrived] = []
+    gone: set[tuple[bytes, int]] = set()
+    for turn, action in enumerate(actions):
+        peer = (b"a", b"b")[turn % 2]
+        if action == "request":
+            events, replies = daemon.receive(peer, predict(clients[peer]), float(turn))
+            assert len(events) == 1
+            assert len(replies) == (not isinstance(events[0], Arrived))
+            waiting += [event for event in events if isinstance(event, Arrived)]
+        elif action == "garbage":
+            assert len(daemon.receive(peer, [b"?"], float(turn))[1]) == 1
+        elif action == "answer" and waiting:
+            arrived = waiting.pop(0)
+            assert len(answer(daemon, arrived, float(turn))) == (arrived.key not in gone)
+        elif action == "gone":
+            gone |= {arrived.key for arrived in waiting if arrived.peer == peer}
+            daemon.gone(peer)
+        elif action == "drain":
+            daemon.drain()
+        assert daemon.open == len(waiting) <= 3
+    for arrived in waiting:
+        answer(daemon, arrived, 99.0)
+    daemon.drain()
+    assert daemon.phase is Phase.CLOSED
