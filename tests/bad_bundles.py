@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 import tiny_bundle
 from tta_runtime import errors, manifest, tensors
 from tta_runtime.errors import TtaError

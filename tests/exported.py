@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 from networks import CLASSES, NETWORKS, SIZE
-
 from tta_exporters.build import BuildOptions, Built, InputOptions, build
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import CLASSES, NETWORKS, SIZE, resnet
 from torch import nn
 
+from networks import CLASSES, NETWORKS, SIZE, resnet
 from tta_adapters.norm import NormAdapter, statistics_gap
 from tta_adapters.normalise import moments
 from tta_adapters.select import SelectionError, describe, select_modules

@@ -14,8 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import tiny_bundle
 from packaging.requirements import Requirement
+
+import tiny_bundle
 from snapshots import unchanged
 
 if sys.version_info >= (3, 11):

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import typer
+from typer.testing import CliRunner
+
 from documents import COMMANDS, anchors, blocks, commands, documents, links, prose, run_block, workplace
 from running import REPOSITORY, daemon
 from tta_adapters.methods import METHODS, options_of
 from tta_edge.adapt import Reason
 from tta_edge.cli import app as edge
 from tta_exporters.cli import app as exporter
-from typer.testing import CliRunner
 
 APPS = dict(zip(COMMANDS, (edge, exporter), strict=True))
 README = REPOSITORY / "README.md"

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 import tiny_bundle
 from tta_edge.adapt import GuardedModel, Guards, Reason, objection
 from tta_runtime import Bundle, Engines, Model

@@ -11,8 +11,9 @@ import sys
 
 import numpy as np
 import pytest
-import tiny_bundle
 import typer
+
+import tiny_bundle
 from running import daemon, process_environment, run_cli
 from tta_edge.client import Client
 from tta_edge.config import KEYS

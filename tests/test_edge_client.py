@@ -8,8 +8,9 @@ import time
 
 import numpy as np
 import pytest
-import tiny_bundle
 import zmq
+
+import tiny_bundle
 from running import running
 from tta_edge import errors, exit_codes, wire
 from tta_edge.client import Client, _errors_by_code, as_error

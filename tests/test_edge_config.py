@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tta_edge.config import KEYS, Config, parse_settings, resolve
 from tta_runtime.errors import BadValue, ConfigError, UnknownKey
 

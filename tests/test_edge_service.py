@@ -11,10 +11,11 @@ from pathlib import Path
 import msgpack
 import numpy as np
 import pytest
-import tiny_bundle
 import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import tiny_bundle
 from running import running
 from tta_edge import errors, wire
 from tta_edge.client import Client

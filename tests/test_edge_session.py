@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tta_edge import errors, wire
 from tta_edge.session import TRANSITIONS, Arrived, ClientSession, Phase, Refused, ServerSession, Signal
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from tta_edge.stats import WINDOW, Quantiles, Stats, quantile
 
 

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from rich.console import Console
+
 from running import PATIENCE_S, REPOSITORY, process_environment, run_cli, running
 from stream_images import smooth
 from tta_edge.builtin import builtin_bundle, builtin_digits

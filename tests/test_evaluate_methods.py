@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
+
 import tiny_bundle
 from tta_edge.builtin import builtin_bundle
 from tta_edge.evaluate import Plan, Row, check_setting, evaluate, spread

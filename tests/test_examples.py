@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from documents import blocks, run_block, workplace
 from running import PATIENCE_S, REPOSITORY, process_environment
-from safetensors.torch import load_file
 from shared_data import require_shared_data
 from tta_adapters import NormAdapter, check_method
 from tta_adapters.testing import MethodContractError

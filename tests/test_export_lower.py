@@ -143,3 +143,9 @@ def test_average_pooling_spreads_the_gradient(
         grad, x.detach(), [kernel], [stride], [padding], ceil_mode, include, None
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("pad", [[1, 2], [1, 0, 0, 3], [-1, 2], [0, -2, 1, -1], [0, 0]])
+def test_padding(pad: list[int]) -> None:
+    x = random(2, 3, 5, 6)
+    torch.testing.assert_close(lower.constant_pad_nd(x, pad, 1.5), F.pad(x, pad, value=1.5))

@@ -10,10 +10,10 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from exported import built, options
-from networks import NETWORKS
 from torch import Tensor
 
+from exported import built, options
+from networks import NETWORKS
 from tta_adapters.base import State
 from tta_adapters.methods.tent import Tent
 from tta_adapters.optim import Sgd

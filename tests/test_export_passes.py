@@ -12,6 +12,7 @@ from torch import fx
 
 from tta_exporters.passes.drop_noops import drop_noops
 from tta_exporters.passes.fold_constants import fold_constants
+from tta_exporters.passes.portable_max_pool import portable_max_pool
 from tta_exporters.passes.relu_masks import relu_masks
 
 AFTER_BATCH_NORM = """
@@ -151,3 +152,42 @@ def test_operators_without_effect_are_dropped() -> None:
     ]
     torch.testing.assert_close(traced(x), x + 1)
     assert not drop_noops(traced)
+
+
+POOL = """
+<ir_version: 8, opset_import: ["" : 20]>
+agraph (float[N,3,LENGTH,9] x, float[N,3,OUT,5] dy) => (float[N,3,OUT,5] y, float[N,3,LENGTH,9] dx)
+{
+  zero = Constant <value = float {0.0}> ()
+  flat = Constant <value = int64[1] {-1}> ()
+  shape = Shape (x)
+  size = Size (x)
+  one = Constant <value = int64[1] {1}> ()
+  length = Reshape (size, one)
+  zeros = Expand (zero, length)
+  y, indices = MaxPool <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1], ceil_mode = CEIL> (x)
+  i = Reshape (indices, flat)
+  g = Reshape (dy, flat)
+  scattered = ScatterElements <axis = 0, reduction = "add"> (zeros, i, g)
+  dx = Reshape (scattered, shape)
+}
+"""
+
+
+@pytest.mark.parametrize(("length", "outputs", "ceil"), [(8, 4, 0), (9, 5, 0), (8, 5, 1)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_portable_max_pool_gives_the_same_numbers(length: int, outputs: int, ceil: int, ties: bool) -> None:
+    text = POOL.replace("LENGTH", str(length)).replace("OUT", str(outputs)).replace("CEIL", str(ceil))
+    generator = np.random.default_rng(4)
+    x = generator.standard_normal((2, 3, length, 9)).astype(np.float32)
+    feed = {
+        "x": x.round() if ties else x,
+        "dy": generator.standard_normal((2, 3, outputs, 5)).astype(np.float32),
+    }
+    before, model = run(load(text), feed), load(text)
+    assert portable_max_pool(model)
+    assert all(len(node.outputs) == 1 for node in model.graph)
+    assert "ScatterElements" not in operators(model)
+    for ours, theirs in zip(run(model, feed), before, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert not portable_max_pool(model)

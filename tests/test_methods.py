@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from networks import group_norm, resnet
 from torch import Tensor
 
+from networks import group_norm, resnet
 from tta_adapters import METHODS, NormAdapter, check_method, make_method
 from tta_adapters.base import Batch, State, Step, init_state
 from tta_adapters.losses import entropy, weighted_mean

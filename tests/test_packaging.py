@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 import pytest
+
 from running import REPOSITORY
 
 FOLDERS = {

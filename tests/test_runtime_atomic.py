@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from snapshots import files, unchanged
 from tta_runtime.atomic import write_atomic
 from tta_runtime.files import open_regular, read_at_most

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+
 import tiny_bundle
 from bad_bundles import BAD_BUNDLES, Bad, flip_byte, put
 from snapshots import unchanged

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import tiny_bundle
 from snapshots import unchanged
 from tta_runtime import Bundle, Engine, EngineOptions, Engines, OrtEngine, errors

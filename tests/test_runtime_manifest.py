@@ -7,9 +7,10 @@ import tracemalloc
 
 import msgspec
 import pytest
-import tiny_bundle
 from hypothesis import given
 from hypothesis import strategies as st
+
+import tiny_bundle
 from tta_runtime import Manifest, manifest_check
 from tta_runtime.errors import BundleError, ManifestMalformed, ManifestTooLarge
 from tta_runtime.manifest import MAX_MANIFEST_BYTES, decode, encode

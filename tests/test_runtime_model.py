@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import tiny_bundle
-from bad_bundles import reseal
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+import tiny_bundle
+from bad_bundles import reseal
 from snapshots import learnt, unchanged
 from tiny_bundle import C, D, P
 from tta_runtime import Engines, Limits, Model, errors

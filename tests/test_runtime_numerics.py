@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from tta_runtime import errors
 from tta_runtime.arrays import is_finite, owned
 from tta_runtime.errors import TtaError, did_you_mean

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_bundle
-from bad_bundles import put, reseal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load, load_file
+
+import tiny_bundle
+from bad_bundles import put, reseal
 from snapshots import learnt, unchanged
 from tiny_bundle import D, P
 from tta_runtime import Engines, Model, bundle, errors, state_file, tensors, theta

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from tta_runtime import theta
 from tta_runtime.errors import LayoutMismatch, NonFiniteTheta
 

@@ -6,6 +6,7 @@ import colorsys
 
 import numpy as np
 import pytest
+
 from stream_images import smooth
 from tta_edge.streams import blur, digital, ops, weather
 from tta_edge.streams.draws import Draws

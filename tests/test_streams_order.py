@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stream_images import smooth
 from tta_edge.streams import order as orders
 from tta_edge.streams.errors import InputMismatch

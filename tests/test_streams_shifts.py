@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stream_images import smooth
 from tta_edge.streams import shifts
 from tta_edge.streams.constants import CONSTANTS, constants_for

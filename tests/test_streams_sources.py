@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from stream_images import smooth
 from tta_edge.streams import npz
 from tta_edge.streams.errors import (

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
 from tta_runtime import bundle, theta
 from tta_runtime.manifest import (
     Graph,

@@ -146,7 +146,11 @@ class Adapter(Protocol):
     """What theta is. Built once from a network; afterwards every call is a pure function of its arguments."""
 
     name: str
-    tensors: Sequence[ThetaTensor]
+
+    @property
+    def tensors(self) -> Sequence[ThetaTensor]:
+        """The named tensors of theta in order, trained ones first."""
+        ...
 
     @property
     def size(self) -> int:
@@ -183,7 +187,11 @@ class Method(Protocol):
     """How theta changes: a spec and a pure step."""
 
     spec: MethodSpec
-    adapter: Adapter
+
+    @property
+    def adapter(self) -> Adapter:
+        """What theta is."""
+        ...
 
     def anchor(self) -> dict[str, Tensor]:
         """Read-only facts of the source the step needs, by name; empty for most methods."""

@@ -117,7 +117,7 @@ class NormAdapter:
     def unpack(self, theta: Tensor) -> dict[str, Tensor]:
         """Slices of theta [P] by name, in their own shapes; trained ones are leaves that require a gradient."""
         slices: dict[str, Tensor] = {}
-        pieces = theta.split([entry.size for entry in self.tensors])
+        pieces = torch.split(theta, [entry.size for entry in self.tensors])
         for entry, piece in zip(self.tensors, pieces, strict=True):
             value = piece.reshape(entry.shape)
             slices[entry.name] = value.detach().requires_grad_(True) if entry.trained else value
@@ -190,7 +190,7 @@ def _join(prefix: str, attribute: str) -> str:
 
 def _find_head(module: nn.Module, head: str | None) -> nn.Module | None:
     """The classifier: the module named, else the last nn.Linear, else None (features are then the logits)."""
-    modules = dict(module.named_modules())
+    modules: dict[str, nn.Module] = dict(module.named_modules())
     if head is not None:
         if head not in modules:
             raise SelectionError(
@@ -235,7 +235,7 @@ class _NormTape(TorchFunctionMode):
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - the signature is torch's
+    ) -> Any:
         answer = self._answers.get(func)
         return answer(*args, **(kwargs or {})) if answer else func(*args, **(kwargs or {}))
 

@@ -142,7 +142,7 @@ def layer_norm(
         centred: subtract the mean.
     """
     flat = x if axes == 1 else x.reshape([*x.shape[: x.dim() - axes], -1])
-    y = _Standardise.apply(flat, eps, centred)  # type: ignore[no-untyped-call]
+    y: Tensor = _Standardise.apply(flat, eps, centred)  # type: ignore[no-untyped-call]
     y = y if axes == 1 else y.reshape(x.shape)
     if weight is not None:
         y = y * weight
@@ -155,7 +155,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
     Source: Wu and He, Group Normalization, ECCV 2018.
     """
     flat = x.reshape([x.shape[0], groups, -1])
-    y = _Standardise.apply(flat, eps, True).reshape(x.shape)  # type: ignore[no-untyped-call]
+    y: Tensor = _Standardise.apply(flat, eps, True).reshape(x.shape)  # type: ignore[no-untyped-call]
     shape = channel_shape(x)
     if weight is not None:
         y = y * weight.reshape(shape)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tta_runtime import theta as thetas
 from tta_runtime.errors import BatchTooSmall, NonFinite, WrongBatch
 from tta_runtime.model import Model, Step

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tta_runtime.errors import BadValue, TtaError
 
-from tta_edge import commands_stream, exit_codes
+from tta_edge import exit_codes
+from tta_edge.commands_stream import demo, evaluate, stream
+from tta_runtime.errors import BadValue, TtaError
 
 EPILOG = exit_codes.HELP
 
@@ -142,9 +143,9 @@ def _announce(ready: Path | None, form: str) -> Callable[[str], None]:
     return announce
 
 
-app.command("stream", epilog=EPILOG)(commands_stream.stream)
-app.command("evaluate", epilog=EPILOG)(commands_stream.evaluate)
-app.command("demo", epilog=EPILOG)(commands_stream.demo)
+app.command("stream", epilog=EPILOG)(stream)
+app.command("evaluate", epilog=EPILOG)(evaluate)
+app.command("demo", epilog=EPILOG)(demo)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,9 +17,6 @@ from typing import Any, TypeVar
 import numpy as np
 import zmq
 from numpy.typing import ArrayLike, NDArray
-from tta_runtime import errors as runtime_errors
-from tta_runtime.errors import TooLarge, TtaError
-from tta_runtime.numerics import entropy
 
 from tta_edge import errors as edge_errors
 from tta_edge.endpoint import parse
@@ -40,6 +37,9 @@ from tta_edge.wire import (
     Tensors,
     declare,
 )
+from tta_runtime import errors as runtime_errors
+from tta_runtime.errors import TooLarge, TtaError
+from tta_runtime.numerics import entropy
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 RECONNECT_MS, RECONNECT_MAX_MS = (

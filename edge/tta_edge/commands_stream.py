@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tta_runtime.errors import ConfigError
 
 from tta_edge.exit_codes import ExitCode
+from tta_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -159,8 +159,6 @@ def evaluate(
     """
     from rich.console import Console
     from rich.progress import Progress
-    from tta_runtime.bundle import Bundle
-    from tta_runtime.engine import EngineOptions
 
     from tta_edge.builtin import builtin_bundle
     from tta_edge.config import parse_settings
@@ -169,6 +167,8 @@ def evaluate(
     from tta_edge.streams.order import order
     from tta_edge.streams.sources import open_source
     from tta_edge.view import evaluation_table
+    from tta_runtime.bundle import Bundle
+    from tta_runtime.engine import EngineOptions
 
     _check_output(json_file)
     source = open_source(stream)

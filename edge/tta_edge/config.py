@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
+
 from tta_runtime.errors import BadValue, UnknownKey, did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -248,7 +249,7 @@ def _put_environment(layers: _Layers, environment: Mapping[str, str]) -> None:
 _TYPES = {info.name: info.type for info in msgspec.structs.fields(Config)}
 
 
-def _checked(key: str, value: object, origin: str, *, strict: bool) -> Any:  # noqa: ANN401 - by key
+def _checked(key: str, value: object, origin: str, *, strict: bool) -> Any:
     try:
         return msgspec.convert(value, _TYPES[key], strict=strict)
     except msgspec.ValidationError as error:

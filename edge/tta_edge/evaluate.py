@@ -14,6 +14,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tta_edge.streams.errors import LabelsMissing
+from tta_edge.streams.order import SETTINGS, Setting, batches, order
+from tta_edge.streams.preprocess import Preprocess, preprocess
+from tta_edge.streams.shifts import Shift
+from tta_edge.streams.source import Source, align_labels
 from tta_runtime.bundle import Bundle
 from tta_runtime.engine import EngineOptions
 from tta_runtime.errors import (
@@ -27,12 +33,6 @@ from tta_runtime.errors import (
 from tta_runtime.inputs import Limits
 from tta_runtime.manifest import Manifest
 from tta_runtime.model import Engines, Model
-
-from tta_edge.streams.errors import LabelsMissing
-from tta_edge.streams.order import SETTINGS, Setting, batches, order
-from tta_edge.streams.preprocess import Preprocess, preprocess
-from tta_edge.streams.shifts import Shift
-from tta_edge.streams.source import Source, align_labels
 
 NO_SHIFT = "none"
 """What a row calls the stream taken as it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from tta_edge.errors import ClientError, ServiceError, StartError, WireError
 from tta_runtime.errors import (
     BundleError,
     ConfigError,
@@ -14,8 +15,6 @@ from tta_runtime.errors import (
     ThetaError,
     TtaError,
 )
-
-from tta_edge.errors import ClientError, ServiceError, StartError, WireError
 
 
 class ExitCode(IntEnum):

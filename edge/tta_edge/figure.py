@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tta_runtime.errors import BadValue
 
 from tta_edge.live import Phase
 from tta_edge.streams.errors import PlotsExtraMissing
 from tta_edge.streams.measures import rolling_mean
+from tta_runtime.errors import BadValue
 
 FORMATS = (".svg", ".png", ".pdf")
 SIZE_INCHES = (11.0, 3.6)
@@ -76,7 +76,7 @@ def draw(path: Path, phases: Sequence[Phase], title: str) -> None:
         figure.savefig(path, dpi=150, metadata=metadata)
 
 
-def _matplotlib(module: str) -> Any:  # noqa: ANN401 - the library has no types
+def _matplotlib(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tta_runtime.errors import BadValue
-from tta_runtime.numerics import softmax
 
 from tta_edge.client import Client, Reply
 from tta_edge.errors import Busy, UnknownStream
@@ -22,6 +20,8 @@ from tta_edge.streams.order import batches, order
 from tta_edge.streams.preprocess import Preprocess, preprocess
 from tta_edge.streams.shifts import Shift
 from tta_edge.streams.source import Source, align_labels
+from tta_runtime.errors import BadValue
+from tta_runtime.numerics import softmax
 
 NO_SHIFT = "none"
 BUSY_TRIES = 10

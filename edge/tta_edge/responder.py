@@ -7,12 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tta_runtime import Limits, __version__
-from tta_runtime.bundle import Bundle
-from tta_runtime.engine import EngineOptions
-from tta_runtime.errors import TtaError, UnknownMethod, did_you_mean
-from tta_runtime.model import Engines, Model
-
 from tta_edge.adapt import Event, GuardedModel, Guards
 from tta_edge.config import Config
 from tta_edge.errors import Internal, TooManyStreams, UnknownStream
@@ -35,6 +29,11 @@ from tta_edge.wire import (
     declare,
     tag,
 )
+from tta_runtime import Limits, __version__
+from tta_runtime.bundle import Bundle
+from tta_runtime.engine import EngineOptions
+from tta_runtime.errors import TtaError, UnknownMethod, did_you_mean
+from tta_runtime.model import Engines, Model
 
 log = logging.getLogger(__name__)
 

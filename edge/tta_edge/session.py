@@ -13,7 +13,6 @@ from enum import Enum, auto
 from typing import Any
 
 import msgspec
-from tta_runtime.errors import TtaError
 
 from tta_edge.errors import Busy, Draining, DuplicateRequest, ServiceError, WireError
 from tta_edge.wire import (
@@ -29,6 +28,7 @@ from tta_edge.wire import (
     decode_request,
     encode,
 )
+from tta_runtime.errors import TtaError
 
 Frames = list[Buffer]
 

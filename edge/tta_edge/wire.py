@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
-from tta_runtime.errors import did_you_mean
 
 from tta_edge.errors import (
     BadField,
@@ -30,6 +29,7 @@ from tta_edge.errors import (
     UnsupportedProtocol,
     WireError,
 )
+from tta_runtime.errors import did_you_mean
 
 PROTOCOL = b"TTA1"
 MAX_TENSORS = 4  # the most that any message declares

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
 from tta_edge.builtin import builtin_digits
 from tta_exporters.build import BuildOptions, InputOptions, build
 from tta_runtime import Model

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
 from tta_adapters import Batch, Hyper, MethodSpec, NormAdapter, State, Step, check_method
 from tta_adapters.base import gradient
 from tta_adapters.losses import weighted_mean

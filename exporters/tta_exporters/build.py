@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from tta_adapters.select import SelectionError
 from tta_exporters.emit import emit
 from tta_exporters.errors import NetworkRefused, OptionError, OutputExists
 from tta_exporters.preprocess import Preprocess
+from tta_exporters.sources import load_attribute
 from tta_exporters.trace import EXAMPLE_BATCH, Argument, trace
 from tta_exporters.weights import WeightsWriter
 from tta_runtime import __version__, bundle, manifest
@@ -64,7 +66,8 @@ class BuildOptions:
         model_id: a name for people.
         input: see :class:`InputOptions`.
         classes: length of the logits.
-        methods: names, the first that trains or moves statistics becomes the default.
+        methods: names, or "FILE.py:Class" for one of the user's own (the file is executed); the first that trains
+            or moves statistics becomes the default.
         settings: options by method name and option name.
         include: patterns of modules whose affine parameters are trained.
         exclude: patterns to leave out.
@@ -114,20 +117,35 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NormAdapter, dic
             head=options.head,
         )
         _check_logits(adapter, options)
-        strangers = sorted(set(options.settings) - set(options.methods))
+        strangers = sorted(set(options.settings) - {settings_key(entry) for entry in options.methods})
         if strangers:
             raise OptionError(
                 f"settings for {', '.join(strangers)}, which is not built",
                 f"methods are {', '.join(options.methods)}",
             )
-        methods = {name: make_method(name, adapter, options.settings.get(name)) for name in options.methods}
     except SelectionError as error:
         raise NetworkRefused(
             str(error), "give a network with BatchNorm, LayerNorm, GroupNorm or RMSNorm"
         ) from error
+    try:
+        methods = dict(_method(entry, adapter, options) for entry in options.methods)
+    except SelectionError as error:
+        raise OptionError(str(error), "a network without BatchNorm takes --methods source,tent") from error
     except (UnknownMethodError, UnknownOptionError) as error:
         raise OptionError(str(error), "see `tta-export build --help`") from error
     return adapter, methods
+
+
+def settings_key(entry: str) -> str:
+    """Under which name ``BuildOptions.settings`` holds a method's options: "tent", or "Soft" for "my.py:Soft"."""
+    return entry.rpartition(":")[2]
+
+
+def _method(entry: str, adapter: NormAdapter, options: BuildOptions) -> tuple[str, Method]:
+    file, separator, name = entry.rpartition(":")
+    constructor = cast("Callable[..., Method]", load_attribute(Path(file), name)) if separator else name
+    method = make_method(constructor, adapter, options.settings.get(name))
+    return method.spec.name, method
 
 
 def build(network: nn.Module, options: BuildOptions, out: Path, *, progress: Progress = logger.info) -> Built:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from tta_exporters.tensorrt import build_plan
 from tta_runtime import Bundle, Engines, Model
 from tta_runtime.errors import TtaError
-from tta_runtime.manifest import InputSpec
+from tta_runtime.manifest import Graph, InputSpec
 
 _BATCHES = (4, 7)
 """Two sizes: a batch dimension that was silently fixed fails one of them."""
@@ -46,18 +47,14 @@ def check_bundle(path: Path, *, tensorrt: bool = False) -> Iterator[Check]:
     """
     bundle = Bundle.open(path)
     for key, graph in bundle.manifest.graphs.items():
-        yield _attempt(key, "onnx checker", lambda file=path / graph.file: _onnx_check(file))
+        yield _attempt(key, "onnx checker", partial(_onnx_check, path / graph.file))
     engines = Engines.load(bundle)
     for name, method in bundle.manifest.methods.items():
         key = method.step or method.serve
-        yield _attempt(key, f"runs ({name})", lambda name=name: _run(engines, name))
+        yield _attempt(key, f"runs ({name})", partial(_run, engines, name))
     if tensorrt:
         for key, graph in bundle.manifest.graphs.items():
-            yield _attempt(
-                key,
-                "tensorrt",
-                lambda key=key, graph=graph: f"plan of {build_plan(path, key, graph).plan_bytes} bytes",
-            )
+            yield _attempt(key, "tensorrt", partial(_plan, path, key, graph))
 
 
 def example_batch(spec: InputSpec, batch: int, seed: int) -> NDArray[np.float32] | NDArray[np.uint8]:
@@ -80,6 +77,10 @@ def _attempt(graph: str, check: str, run: Callable[[], str]) -> Check:
 def _onnx_check(file: Path) -> str:
     onnx.checker.check_model(str(file), full_check=True)
     return f"{file.stat().st_size} bytes"
+
+
+def _plan(path: Path, key: str, graph: Graph) -> str:
+    return f"plan of {build_plan(path, key, graph).plan_bytes} bytes"
 
 
 def _run(engines: Engines, method: str) -> str:

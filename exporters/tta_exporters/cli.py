@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -59,7 +60,7 @@ def build(
     weights: Annotated[
         Path | None, typer.Option(help="safetensors, or a torch state dict (weights only).")
     ] = None,
-    methods: Annotated[str, typer.Option(help="Comma list; the first that adapts is the default.")] = (
+    methods: Annotated[str, typer.Option(help="Comma list of names, or FILE.py:Class for your own.")] = (
         "source,norm,tent"
     ),
     settings: Annotated[
@@ -136,11 +137,14 @@ def build(
 
         built = build_bundle(network, options, out, progress=tell)
         worst: dict[str, dict[str, object]] = {}
-        for name in options.methods if parity_steps else ():
+        for name in built.methods if parity_steps else ():
             tell(f"{name}: parity with torch in float64 over {parity_steps} steps")
             batches = [example_batch(built.manifest.input, 8, seed) for seed in range(parity_steps)]
             report = parity(Model.open(out, method=name), reference(network, options, name), batches)
             worst[name] = {"output": report.worst.output, "error": report.worst.median}
+            if not report.ok:
+                # What does not compute what it should must not lie about as if it did.
+                shutil.rmtree(out)
             report.require()
     size = sum(entry.bytes for entry in built.manifest.files.values())
     if as_json:

@@ -73,20 +73,22 @@ def emit(
 def _clean(model: ir.Model) -> None:
     """Folds small constants, merges equal expressions, drops what nobody reads and all debugging text."""
     fold_onnx_constants(model)
-    for step in (
+    before: tuple[ir.passes.PassBase, ...] = (
         ir_passes.IdentityEliminationPass(),
         ir_passes.CommonSubexpressionEliminationPass(),
         ir_passes.RemoveUnusedNodesPass(),
-    ):
+    )
+    for step in before:
         step(model)
     # After common subexpressions are merged: this pass repeats small computations on purpose.
     relu_masks(model)
-    for step in (
+    after: tuple[ir.passes.PassBase, ...] = (
         ir_passes.RemoveUnusedNodesPass(),
         ir_passes.RemoveUnusedOpsetsPass(),
         ir_passes.ClearMetadataAndDocStringPass(),
         ir_passes.TopologicalSortPass(),
-    ):
+    )
+    for step in after:
         step(model)
     model.functions.clear()
     for index, node in enumerate(model.graph):

@@ -31,6 +31,7 @@ def decompositions() -> dict[OpOverload, Callable[..., object]]:
     table[aten.max_pool2d_with_indices_backward.default] = max_pool2d_backward
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     table[aten.hardtanh_backward.default] = hardtanh_backward
+    table[aten.constant_pad_nd.default] = constant_pad_nd
     table[aten.squeeze.dims] = squeeze_dims
     table[aten._safe_softmax.default] = lambda x, dim, dtype=None: torch.softmax(x, dim, dtype=dtype)
     table[aten.linalg_vector_norm.default] = vector_norm
@@ -45,6 +46,34 @@ def threshold_backward(grad: Tensor, result: Tensor, threshold: float) -> Tensor
 def hardtanh_backward(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     """Gradient of a clamp (ReLU6) as a product, like :func:`threshold_backward`."""
     return grad * torch.logical_and(x > low, x < high).to(grad.dtype)
+
+
+def constant_pad_nd(x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
+    """Padding by concatenation; torch's own tracing rule fixes the batch size. Negative padding crops.
+
+    Args:
+        x: any shape.
+        pad: (before, after) of the last axis, then of the one before it, and so on.
+        value: what to pad with.
+    """
+    for position in range(len(pad) // 2):
+        axis = x.dim() - 1 - position
+        before, after = int(pad[2 * position]), int(pad[2 * position + 1])
+        cropped = x.shape[axis] + min(before, 0) + min(after, 0)
+        if before < 0 or after < 0:
+            x = x.narrow(axis, max(-before, 0), cropped)
+        parts = [x]
+        if before > 0:
+            parts.insert(0, _filled(x, axis, before, value))
+        if after > 0:
+            parts.append(_filled(x, axis, after, value))
+        x = torch.cat(parts, dim=axis) if len(parts) > 1 else x
+    return x
+
+
+def _filled(x: Tensor, axis: int, length: int, value: float) -> Tensor:
+    shape = [length if index == axis else size for index, size in enumerate(x.shape)]
+    return torch.full(shape, value, dtype=x.dtype)
 
 
 def squeeze_dims(x: Tensor, dims: Sequence[int]) -> Tensor:
@@ -62,9 +91,10 @@ def vector_norm(
 ) -> Tensor:
     """Euclidean norm; other orders are left to torch's own decomposition."""
     if ord != 2 or dtype is not None:
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]
     square = x * x
-    return (square.sum() if dim is None else square.sum(list(dim), keepdim=keepdim)).sqrt()
+    total: Tensor = square.sum() if dim is None else square.sum(list(dim), keepdim=keepdim)
+    return total.sqrt()
 
 
 def convolution_backward(
@@ -143,7 +173,7 @@ def _unit_stride_input_gradient(
         flipped = flipped.reshape([groups, out_channels // groups, in_per_group, *kernel]).transpose(1, 2)
         flipped = flipped.reshape([groups * in_per_group, out_channels // groups, *kernel])
     full = [d * (weight.shape[axis] - 1) - p for axis, d, p in zip(spatial, dilation, padding, strict=True)]
-    result = torch.ops.aten.convolution(
+    result: Tensor = torch.ops.aten.convolution(
         grad,
         flipped.contiguous(),
         None,
@@ -172,7 +202,8 @@ def max_pool2d_with_indices(
     """Max pooling with flat indices; only :func:`max_pool2d_backward` reads them."""
     if x.dim() != 4:
         raise OperatorNotSupported("aten.max_pool2d_with_indices", "", "the input has no batch axis")
-    return max_pool2d_flat(x, kernel_size, stride, padding, dilation, ceil_mode)
+    pooled: tuple[Tensor, Tensor] = max_pool2d_flat(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return pooled
 
 
 def max_pool2d_backward(
@@ -216,13 +247,13 @@ def avg_pool2d_backward(
     share = torch.full_like(counts, 1.0 / divisor_override) if divisor_override else 1.0 / counts
     channels = int(x.shape[1])
     ones = torch.ones([channels, 1, *kernel], dtype=grad.dtype)
-    spread = torch.ops.aten.convolution(
+    spread: Tensor = torch.ops.aten.convolution(
         grad * share, ones, None, step, [0, 0], [1, 1], True, [0, 0], channels
     )
     for axis, length, p in zip((2, 3), lengths, pad, strict=True):
         missing = length + p - spread.shape[axis]
         if missing > 0:
-            spread = torch.constant_pad_nd(spread, [0, missing] if axis == 3 else [0, 0, 0, missing])
+            spread = constant_pad_nd(spread, [0, missing] if axis == 3 else [0, 0, 0, missing])
         spread = spread.narrow(axis, p, length)
     return spread
 

@@ -50,13 +50,13 @@ def _(
 
 
 def _onnx_max_pool2d_flat(
-    x: Any,  # noqa: ANN401 - onnxscript values have no public type
+    x: Any,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     ceil_mode: bool,
-) -> Any:  # noqa: ANN401
+) -> Any:
     pads = [*_pair(padding), *_pair(padding)]
     return op.MaxPool(
         x,

@@ -127,9 +127,10 @@ def parity(model: Model, oracle: Method, batches: Iterable[NDArray[np.generic]])
         for key, value in state.items():
             pairs[f"state.{key}"] = (found.state[key], value)
         for index, name in enumerate(oracle.spec.report):
-            pairs[f"report.{name}"] = (np.float32([found.report[name]]), expected.report[index : index + 1])
-        for name, (value, wanted) in pairs.items():
-            errors.setdefault(name, []).append(relative_error(value, wanted.detach().numpy()))
+            number = np.array([found.report[name]], dtype=np.float32)
+            pairs[f"report.{name}"] = (number, expected.report[index : index + 1])
+        for name, (ours, wanted) in pairs.items():
+            errors.setdefault(name, []).append(relative_error(ours, wanted.detach().numpy()))
         model.commit(replace(found, theta=_array(theta), state=_arrays(state)))
     deviations = [
         Deviation(name, statistics.median(series), max(series), series.index(max(series)) + 1)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -108,7 +108,12 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in loaded.items()}
 
 
-def _from_file(path: Path, factory: str) -> nn.Module:
+def load_attribute(path: Path, name: str) -> Callable[..., object]:
+    """A function or class of a Python file, which is executed: use only files you trust.
+
+    Raises:
+        SourceError: the file is missing, fails on import, or has no such callable.
+    """
     if not path.is_file():
         raise SourceError(f"there is no file {path}", "check the path before the colon")
     spec = importlib.util.spec_from_file_location(f"tta_source_{path.stem}", path)
@@ -123,11 +128,19 @@ def _from_file(path: Path, factory: str) -> nn.Module:
         raise SourceError(
             f"{path.name} fails on import: {type(error).__name__}: {error}", "run it with python"
         ) from error
-    make = getattr(module, factory, None)
-    if not callable(make):
-        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise SourceError(f"{path.name} has no function {factory!r}", f"it has {', '.join(known[:12])}")
-    return _built(make, source=f"{path.name}:{factory}")
+    found = getattr(module, name, None)
+    if not callable(found):
+        known = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", "") == spec.name and not key.startswith("_")
+        ]
+        raise SourceError(f"{path.name} has no function or class {name!r}", f"it has {', '.join(known[:12])}")
+    return cast("Callable[..., object]", found)
+
+
+def _from_file(path: Path, factory: str) -> nn.Module:
+    return _built(load_attribute(path, factory), source=f"{path.name}:{factory}")
 
 
 def _built(make: Callable[[], object], *, source: str) -> nn.Module:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from tta_exporters.errors import CheckFailed, ExtraMissing
+from tta_exporters.passes.portable_max_pool import portable_max_pool
 from tta_runtime.manifest import Graph
 
 logger = logging.getLogger(__name__)
@@ -27,7 +30,7 @@ class TensorRtResult:
     reason: str = ""
 
 
-def load_builder() -> Any:  # noqa: ANN401 - the module ships no types
+def load_builder() -> Any:
     """The tensorrt_rtx module.
 
     Raises:
@@ -54,10 +57,10 @@ def build_plan(path: Path, key: str, graph: Graph) -> TensorRtResult:
         CheckFailed: the parser or builder refuses the graph; names the node.
     """
     trt = load_builder()
-    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
     network = builder.create_network(0)
-    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
-    if not parser.parse_from_file(str(path / graph.file)):
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.INTERNAL_ERROR))
+    if not parser.parse(_lowered(path / graph.file)):
         raise CheckFailed(
             f"graph {key}: TensorRT's parser refuses {_parser_reasons(parser)}",
             "this graph runs on ONNX Runtime only; see docs/tensorrt.md",
@@ -82,7 +85,17 @@ def build_plan(path: Path, key: str, graph: Graph) -> TensorRtResult:
     return TensorRtResult(key, int(plan.nbytes))
 
 
-def _parser_reasons(parser: Any) -> str:  # noqa: ANN401
+def _lowered(file: Path) -> bytes:
+    """The graph as TensorRT is given it: rewritten where it lacks an operator, weights inside."""
+    model = ir.load(file)
+    portable_max_pool(model)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
+    return bytes(ir.serde.serialize_model(model).SerializeToString())
+
+
+def _parser_reasons(parser: Any) -> str:
     reasons = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)

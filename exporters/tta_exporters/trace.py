@@ -19,8 +19,8 @@ from tta_exporters.errors import OperatorNotSupported, TraceFailed
 from tta_exporters.lower import decompositions
 from tta_exporters.operators import translations
 
-EXAMPLE_BATCH = 3
-"""Batch size of the example inputs; not 1 (torch would specialise on it) and equal to no common channel count."""
+EXAMPLE_BATCH = 5
+"""Batch size of the example inputs; not 1 (torch would specialise on it) and no common number of channels."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def trace(
     fakes = [
         mode.from_tensor(
             argument.example,
-            symbolic_context=StatelessSymbolicContext(  # type: ignore[no-untyped-call]
+            symbolic_context=StatelessSymbolicContext(
                 dynamic_sizes=[
                     DimDynamic.DYNAMIC if argument.dynamic and axis == 0 else DimDynamic.STATIC
                     for axis in range(argument.example.dim())

@@ -45,7 +45,7 @@ class WeightsWriter:
                 len(data),
                 tensor.dtype,
                 name=str(value.name),
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape([int(axis) for axis in tensor.shape.numpy()]),
                 base_dir=self._directory,
             )
 

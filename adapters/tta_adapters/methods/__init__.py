@@ -11,6 +11,7 @@ from tta_adapters.methods.norm import Norm
 from tta_adapters.methods.source import Source
 from tta_adapters.methods.tent import Tent
 from tta_adapters.norm import NormAdapter
+from tta_adapters.select import SelectionError
 
 METHODS: Mapping[str, Callable[..., Method]] = {"source": Source, "norm": Norm, "tent": Tent}
 
@@ -25,13 +26,16 @@ class UnknownOptionError(ValueError):
     """The method has no such option, or not for such a value."""
 
 
-def options_of(name: str) -> dict[str, OptionValue]:
+def options_of(method: str | Callable[..., Method]) -> dict[str, OptionValue]:
     """The options of a method with their defaults: structure and default hyper values alike.
+
+    Args:
+        method: a key of :data:`METHODS`, or a constructor taking an adapter and keyword-only options.
 
     Raises:
         UnknownMethodError: no such method.
     """
-    signature = inspect.signature(_constructor(name))
+    signature = inspect.signature(_constructor(method))
     return {
         key: parameter.default
         for key, parameter in signature.parameters.items()
@@ -39,34 +43,44 @@ def options_of(name: str) -> dict[str, OptionValue]:
     }
 
 
-def make_method(name: str, adapter: NormAdapter, options: Mapping[str, OptionValue] | None = None) -> Method:
+def make_method(
+    method: str | Callable[..., Method],
+    adapter: NormAdapter,
+    options: Mapping[str, OptionValue] | None = None,
+) -> Method:
     """Builds a method over an adapter.
 
     Args:
-        name: a key of :data:`METHODS`.
+        method: a key of :data:`METHODS`, or a constructor taking an adapter and keyword-only options.
         adapter: whose theta it changes.
         options: by name, as text or as the default's own type ("0.001", "adam", "false").
 
     Raises:
         UnknownMethodError: no such method; the message suggests the nearest.
         UnknownOptionError: no such option, or its value cannot be read.
+        SelectionError: the method has nothing to work on in this network.
     """
-    known = options_of(name)
+    name = method if isinstance(method, str) else getattr(method, "__name__", "method")
+    known = options_of(method)
     chosen: dict[str, OptionValue] = {}
     for key, value in (options or {}).items():
         if key not in known:
             raise UnknownOptionError(f"method {name} has no option {key!r}{_nearest(key, known)}")
         chosen[key] = _coerce(f"{name}.{key}", value, known[key])
     try:
-        return _constructor(name)(adapter, **chosen)
+        return _constructor(method)(adapter, **chosen)
+    except SelectionError:
+        raise
     except ValueError as error:
         raise UnknownOptionError(str(error)) from error
 
 
-def _constructor(name: str) -> Callable[..., Method]:
-    if name not in METHODS:
-        raise UnknownMethodError(f"unknown method {name!r}{_nearest(name, METHODS)}")
-    return METHODS[name]
+def _constructor(method: str | Callable[..., Method]) -> Callable[..., Method]:
+    if not isinstance(method, str):
+        return method
+    if method not in METHODS:
+        raise UnknownMethodError(f"unknown method {method!r}{_nearest(method, METHODS)}")
+    return METHODS[method]
 
 
 def _nearest(word: str, known: Mapping[str, object]) -> str:

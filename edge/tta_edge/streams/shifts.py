@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tta_runtime.errors import did_you_mean
 
 from tta_edge.streams import blur, digital, noise, ops, photos, weather
 from tta_edge.streams.constants import CONSTANTS, ConstantSet, constants_for
@@ -30,6 +29,7 @@ from tta_edge.streams.errors import (
 )
 from tta_edge.streams.ops import Floats
 from tta_edge.streams.pillow import pillow_image
+from tta_runtime.errors import did_you_mean
 
 Recipe = Callable[[Floats, Any, Draws], Floats]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from tta_runtime.errors import did_you_mean
 
 from tta_edge.streams.errors import InputMismatch, ShiftNotGiven
 from tta_edge.streams.shifts import COMMON, NAMES, Shift, parse_shifts, prepare
+from tta_runtime.errors import did_you_mean
 
 Images = NDArray[np.uint8]
 Reader = Callable[[NDArray[np.intp]], Images]

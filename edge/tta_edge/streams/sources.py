@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tta_runtime.errors import did_you_mean
-
 from tta_edge.streams.cifar10c import open_cifar10c
 from tta_edge.streams.errors import UnknownSource
 from tta_edge.streams.folders import open_images
 from tta_edge.streams.npz import open_npz
 from tta_edge.streams.source import Source
+from tta_runtime.errors import did_you_mean
 
 OPENERS: Mapping[str, Callable[[str, Path], Source]] = {
     "npz": open_npz,

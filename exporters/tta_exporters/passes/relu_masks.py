@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from tta_exporters.passes.values import take_place
+
 
 def relu_masks(model: ir.Model) -> bool:
     """Rewrites every ReLU whose output a backward mask reads, in place; True if anything changed."""
@@ -28,7 +30,7 @@ def relu_masks(model: ir.Model) -> bool:
 
 
 def _recompute(relu: ir.Node, mask: ir.Node) -> bool:
-    """y > 0 as c * (-s) < b; False unless the input is a batch normalisation's c * s + b."""
+    """Y > 0 as c * (-s) < b; False unless the input is a batch normalisation's c * s + b."""
     source = relu.inputs[0]
     add = source.producer() if source is not None else None
     if add is None or add.op_type != "Add":
@@ -58,13 +60,9 @@ def _store(relu: ir.Node, mask: ir.Node) -> bool:
     graph = relu.graph
     if graph is None:
         return False
-    output, result = relu.outputs[0], product.outputs[0]
-    result.shape, result.dtype = output.shape, output.dtype
     graph.insert_before(relu, [greater, gate, product])
     mask.outputs[0].replace_all_uses_with(greater.outputs[0])
-    output.replace_all_uses_with(result, replace_graph_outputs=True)
-    name, output.name = output.name, None
-    result.name = name
+    take_place(product.outputs[0], relu.outputs[0])
     graph.remove([mask, relu], safe=True)
     return True
 
