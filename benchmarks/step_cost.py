@@ -208,7 +208,7 @@ def profile(bundle: Path, batch: int, rounds: int = 4) -> str:
     options.intra_op_num_threads = THREADS
     options.enable_mem_pattern = options.enable_mem_reuse = False
     options.enable_profiling = True
-    options.profile_file_prefix = str(bundle / "profile")
+    options.profile_file_prefix = str(bundle.parent / "profile")
     session = onnxruntime.InferenceSession(
         str(bundle / graph.file), options, disabled_optimizers=["CommonSubexpressionElimination"]
     )

@@ -72,7 +72,8 @@ def test_every_rule_and_every_bundle_error_has_a_bad_bundle():
     text = SPEC.read_text()
     # B16 is a rule for the reader, tested in test_a_change_after_opening_does_not_matter.
     assert set(re.findall(r"^- \*\*(B\d+)\*\*", text, re.M)) - {"B16"} == {bad.rule for bad in BAD_BUNDLES}
-    named = {cls.__name__ for cls in BundleError.__subclasses__()}
+    # Packages built on the runtime may derive refusals of their own; the specification names the runtime's.
+    named = {cls.__name__ for cls in BundleError.__subclasses__() if cls.__module__ == errors.__name__}
     assert named <= {bad.error.__name__ for bad in BAD_BUNDLES}
     assert all(f"`{name}`" in text for name in named)
 

@@ -26,27 +26,39 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        scores = torch.matmul(q, k.transpose(-2, -1)) * scale
+        # Three axes from here on: a batched product of a transposed operand is then one node of the graph.
+        lead = list(q.shape[:-1])
+        count = math.prod(lead[:-1])
+        q, k, v = (value.reshape([count, *value.shape[-2:]]) for value in (q, k, v))
         ctx.save_for_backward(q, k, v, mask)
-        ctx.scale = scale
-        return torch.matmul(_probabilities(scores, mask), v)
+        ctx.scale, ctx.lead = scale, lead
+        p = _probabilities(torch.bmm(q, k.transpose(1, 2)) * scale, mask, lead)
+        return torch.bmm(p, v).reshape([*lead, v.shape[-1]])
 
     @staticmethod
     @once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, mask = ctx.saved_tensors
+        lead = ctx.lead
+        d = d.reshape([math.prod(lead[:-1]), *d.shape[-2:]])
         # Scaling the queries instead of the scores serves dk as well, and keeps the exporter from recognising the
         # forward pass's expression, whose result it would then keep alive after all.
         scaled = q * ctx.scale
-        p = _probabilities(torch.matmul(scaled, k.transpose(-2, -1)), mask)
-        dv = torch.matmul(p.transpose(-2, -1), d)
-        dp = torch.matmul(d, v.transpose(-2, -1))
+        p = _probabilities(torch.bmm(scaled, k.transpose(1, 2)), mask, lead)
+        dv = torch.bmm(p.transpose(1, 2), d)
+        dp = torch.bmm(d, v.transpose(1, 2))
         ds = p * (dp - (dp * p).sum(-1, keepdim=True))
-        return torch.matmul(ds, k) * ctx.scale, torch.matmul(ds.transpose(-2, -1), scaled), dv, None, None
+        dq = torch.bmm(ds, k) * ctx.scale
+        dk = torch.bmm(ds.transpose(1, 2), scaled)
+        heads = lead[:-1]
+        return (*(g.reshape([*heads, *g.shape[-2:]]) for g in (dq, dk, dv)), None, None)  # type: ignore[return-value]
 
 
-def _probabilities(scores: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.softmax(scores if mask is None else scores + mask, dim=-1)
+def _probabilities(scores: Tensor, mask: Tensor | None, lead: list[int]) -> Tensor:
+    """Softmax of [B, L, S] scores; a mask broadcasts against [*lead, S]."""
+    if mask is not None:
+        scores = (scores.reshape([*lead, scores.shape[-1]]) + mask).reshape(scores.shape)
+    return torch.softmax(scores, dim=-1)
 
 
 def attention(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import platform
 import shutil
 import tempfile
@@ -22,7 +24,7 @@ from tta_adapters.methods import OptionValue, UnknownMethodError, UnknownOptionE
 from tta_adapters.norm import NormAdapter
 from tta_adapters.select import SelectionError
 from tta_exporters.emit import emit
-from tta_exporters.errors import NetworkRefused, OptionError, OutputExists
+from tta_exporters.errors import NetworkRefused, OptionError, OutputExists, OutputUnwritable, in_one_line
 from tta_exporters.preprocess import Preprocess
 from tta_exporters.sources import load_attribute
 from tta_exporters.trace import EXAMPLE_BATCH, Argument, trace
@@ -44,11 +46,31 @@ class InputOptions:
         shape: without the batch, e.g. (3, 32, 32).
         dtype: "float32" or "uint8".
         preprocess: from there to what the network was trained on.
+
+    Raises:
+        OptionError: an unknown dtype, a range that uint8 does not have, as many means as there are no channels.
     """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     preprocess: Preprocess = field(default_factory=Preprocess)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "uint8"):
+            raise OptionError(f"the dtype of the input is {self.dtype!r}", "Choose float32 or uint8")
+        if not self.shape or any(length < 1 for length in self.shape):
+            raise OptionError(f"the shape of the input is {list(self.shape)}", "Give lengths from 1")
+        low, high = self.preprocess.low, self.preprocess.high
+        if self.dtype == "uint8" and not (low >= 0 and high <= 255):
+            raise OptionError(
+                f"uint8 does not have the range {low:g}..{high:g}", "Give a range within 0..255"
+            )
+        for name, values in (("mean", self.preprocess.mean), ("std", self.preprocess.std)):
+            if len(values) not in (0, 1, self.shape[0]):
+                raise OptionError(
+                    f"{name} has {len(values)} numbers, the input has {self.shape[0]} channels",
+                    "Give one for each channel",
+                )
 
     def example(self, batch: int, seed: int = 0) -> Tensor:
         """[batch, *shape] of the declared dtype, uniform over low..high."""
@@ -105,9 +127,16 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NormAdapter, dic
     """The adapter and the methods of a build, checked against the network.
 
     Raises:
-        NetworkRefused: no normalisation layer, or logits of another shape than [batch, classes].
-        OptionError: an unknown method or option.
+        NetworkRefused: no normalisation layer, logits of another shape than [batch, classes], weights that are not
+            finite.
+        OptionError: an unknown method, an option or a number of names that does not fit.
     """
+    if not options.methods:
+        raise OptionError("no method is named", "Name one, e.g. source")
+    if options.class_names is not None and len(options.class_names) != options.classes:
+        raise OptionError(
+            f"{len(options.class_names)} class names for {options.classes} classes", "Give one for each class"
+        )
     try:
         adapter = NormAdapter(
             network,
@@ -116,23 +145,36 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NormAdapter, dic
             preprocess=options.input.preprocess,
             head=options.head,
         )
+        _check_finite(adapter)
         _check_logits(adapter, options)
         strangers = sorted(set(options.settings) - {settings_key(entry) for entry in options.methods})
         if strangers:
             raise OptionError(
                 f"settings for {', '.join(strangers)}, which is not built",
-                f"methods are {', '.join(options.methods)}",
+                f"Methods are {', '.join(options.methods)}",
             )
     except SelectionError as error:
         raise NetworkRefused(
-            str(error), "give a network with BatchNorm, LayerNorm, GroupNorm or RMSNorm"
+            str(error), "Check --include, --exclude and --head; see docs/export.md for what is adapted"
         ) from error
+    methods: dict[str, Method] = {}
     try:
-        methods = dict(_method(entry, adapter, options) for entry in options.methods)
+        for entry in options.methods:
+            name, method = _method(entry, adapter, options)
+            if name in methods:
+                raise OptionError(
+                    f"two of the methods are named {name}", "Name each once, or rename your own"
+                )
+            methods[name] = method
     except SelectionError as error:
-        raise OptionError(str(error), "a network without BatchNorm takes --methods source,tent") from error
+        raise OptionError(str(error), "A network without BatchNorm takes --methods source,tent") from error
     except (UnknownMethodError, UnknownOptionError) as error:
-        raise OptionError(str(error), "see `tta-export build --help`") from error
+        raise OptionError(str(error), "See docs/methods.md for methods and their options") from error
+    if options.default_method is not None and options.default_method not in methods:
+        raise OptionError(
+            f"the default method is {options.default_method!r}, which is not built",
+            f"Methods are {', '.join(methods)}",
+        )
     return adapter, methods
 
 
@@ -144,8 +186,25 @@ def settings_key(entry: str) -> str:
 def _method(entry: str, adapter: NormAdapter, options: BuildOptions) -> tuple[str, Method]:
     file, separator, name = entry.rpartition(":")
     constructor = cast("Callable[..., Method]", load_attribute(Path(file), name)) if separator else name
-    method = make_method(constructor, adapter, options.settings.get(name))
-    return method.spec.name, method
+    try:
+        method = make_method(constructor, adapter, options.settings.get(name))
+        spec = method.spec
+    except (SelectionError, UnknownMethodError, UnknownOptionError):
+        raise
+    except Exception as error:
+        # A method of the user's own may raise anything, or not be one at all.
+        raise OptionError(
+            f"method {entry} cannot be made: {in_one_line(error)}", "Try tta_adapters.check_method on it"
+        ) from error
+    for hyper in spec.hyper:
+        low = -math.inf if hyper.low is None else hyper.low
+        high = math.inf if hyper.high is None else hyper.high
+        if not low <= hyper.default <= high or not math.isfinite(hyper.default):
+            raise OptionError(
+                f"{name}.{hyper.name} is {hyper.default:g}, it goes from {low:g} to {high:g}",
+                "Give a value in this range",
+            )
+    return spec.name, method
 
 
 def build(network: nn.Module, options: BuildOptions, out: Path, *, progress: Progress = logger.info) -> Built:
@@ -161,23 +220,42 @@ def build(network: nn.Module, options: BuildOptions, out: Path, *, progress: Pro
 
     Raises:
         OutputExists: ``out`` holds something.
+        OutputUnwritable: the directory cannot be made there.
         NetworkRefused, OptionError, TraceFailed, OperatorNotSupported: see each.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExists(f"{out} exists and is not empty", "remove it or choose another -o")
+    target = out.resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputExists(f"{out} exists and is not empty", "Remove it or choose another -o")
     adapter, methods = prepare(network, options)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    missing = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise OutputUnwritable(f"{out} cannot be made: {error.strerror}", "Choose another -o") from error
     try:
         sealed = _write(adapter, methods, options, work, progress)
         work.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        work.rename(out)
+        if target.exists():
+            target.rmdir()
+        work.rename(target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         raise
     return Built(out, sealed, adapter, methods, options)
+
+
+def _check_finite(adapter: NormAdapter) -> None:
+    tensors = {**dict(adapter.module.named_parameters()), **adapter.unpack(adapter.source_theta())}
+    spoilt = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    if spoilt:
+        raise NetworkRefused(
+            f"{len(spoilt)} tensors of the network hold NaN or Inf: {', '.join(spoilt[:3])}",
+            "Give the weights of a training run that did not diverge",
+        )
 
 
 def _check_logits(adapter: NormAdapter, options: BuildOptions) -> None:
@@ -186,16 +264,23 @@ def _check_logits(adapter: NormAdapter, options: BuildOptions) -> None:
         with torch.no_grad():
             theta = adapter.source_theta().to(adapter.dtype)
             logits = adapter.forward(adapter.unpack(theta), x).logits
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except Exception as error:
+        # The network's own code may raise anything.
         raise NetworkRefused(
-            f"the network fails on an input of shape {list(x.shape)}: {str(error).splitlines()[0]}",
-            "check --input against what the network takes",
+            f"the network fails on an input of shape {list(x.shape)}: {in_one_line(error)}",
+            "Check --input against what the network takes",
         ) from error
     if not isinstance(logits, Tensor) or list(logits.shape) != [EXAMPLE_BATCH, options.classes]:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise NetworkRefused(
             f"the network returns {found}, expected logits [{EXAMPLE_BATCH}, {options.classes}]",
-            "check --classes; the network must return one tensor of logits",
+            "Check --classes; the network must return one tensor of logits",
+        )
+    if not bool(torch.isfinite(logits).all()):
+        preprocess = options.input.preprocess
+        raise NetworkRefused(
+            f"the logits are not finite on noise in {preprocess.low:g}..{preprocess.high:g}",
+            "Check --range, --mean and --std against what the network was trained with",
         )
 
 
@@ -391,7 +476,8 @@ def _port(value: ir.Value, bind: str, key: str) -> manifest.Port:
     shape = value.shape
     if shape is None or value.dtype not in _DTYPES:
         raise NetworkRefused(
-            f"graph value {value.name} has dtype {value.dtype} and shape {shape}", "this is a bug"
+            f"graph value {value.name} has dtype {value.dtype} and shape {shape}",
+            "Report this, with the network",
         )
     return manifest.Port(
         name=str(value.name),

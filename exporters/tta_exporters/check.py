@@ -11,13 +11,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from tta_exporters.tensorrt import build_plan
+from tta_exporters.errors import CheckFailed, ExtraMissing
+from tta_exporters.tensorrt import build_plan, load_builder
 from tta_runtime import Bundle, Engines, Model
-from tta_runtime.errors import TtaError
-from tta_runtime.manifest import Graph, InputSpec
-
-_BATCHES = (4, 7)
-"""Two sizes: a batch dimension that was silently fixed fails one of them."""
+from tta_runtime.errors import EngineMissing, TtaError
+from tta_runtime.manifest import Graph, InputSpec, MethodSpec
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,16 @@ def check_bundle(path: Path, *, tensorrt: bool = False) -> Iterator[Check]:
     Raises:
         BundleError: the directory is no bundle, so there is nothing to check graph by graph.
         ExtraMissing: ``tensorrt`` asked for without the builder installed.
+        EngineMissing: ONNX Runtime is not installed.
     """
     bundle = Bundle.open(path)
+    if tensorrt:
+        load_builder()
     for key, graph in bundle.manifest.graphs.items():
         yield _attempt(key, "onnx checker", partial(_onnx_check, path / graph.file))
-    engines = Engines.load(bundle)
     for name, method in bundle.manifest.methods.items():
         key = method.step or method.serve
-        yield _attempt(key, f"runs ({name})", partial(_run, engines, name))
+        yield _attempt(key, f"runs ({name})", partial(_run, bundle, name))
     if tensorrt:
         for key, graph in bundle.manifest.graphs.items():
             yield _attempt(key, "tensorrt", partial(_plan, path, key, graph))
@@ -68,10 +68,13 @@ def example_batch(spec: InputSpec, batch: int, seed: int) -> NDArray[np.float32]
 def _attempt(graph: str, check: str, run: Callable[[], str]) -> Check:
     try:
         return Check(graph, check, True, run())
+    except (EngineMissing, ExtraMissing):
+        # Nothing is wrong with the bundle; no other graph would fare better.
+        raise
     except TtaError as error:
-        return Check(graph, check, False, str(error))
-    except onnx.checker.ValidationError as error:
-        return Check(graph, check, False, str(error).splitlines()[0])
+        return Check(graph, check, False, " ".join(str(error).split()))
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return Check(graph, check, False, " ".join(str(error).split()))
 
 
 def _onnx_check(file: Path) -> str:
@@ -83,11 +86,22 @@ def _plan(path: Path, key: str, graph: Graph) -> str:
     return f"plan of {build_plan(path, key, graph).plan_bytes} bytes"
 
 
-def _run(engines: Engines, method: str) -> str:
-    model = Model(engines, method)
-    for batch in _BATCHES:
-        step = model.adapt(example_batch(model.manifest.input, batch, seed=batch))
-        if not np.isfinite(step.logits).all():
-            raise TtaError(f"logits of a batch of {batch} are not finite", "the model overflows on noise")
+def _run(bundle: Bundle, method: str) -> str:
+    model = Model(Engines.load(bundle, methods=[method]), method)
+    sizes = _sizes(model.spec)
+    for size in sizes:
+        x = example_batch(model.manifest.input, size, seed=size)
+        for name, logits in (("serves", model.predict(x).logits), ("steps", model.adapt(x).logits)):
+            if not np.isfinite(logits).all():
+                raise CheckFailed(
+                    f"the logits with which {method} {name} a batch of {size} are not finite",
+                    "The model overflows on noise",
+                )
     moved = "theta moved" if model.distance > 0 else "theta unchanged"
-    return f"batches {_BATCHES[0]} and {_BATCHES[1]}, {moved}"
+    return f"batches {' and '.join(map(str, sizes))}, {moved}"
+
+
+def _sizes(spec: MethodSpec) -> tuple[int, ...]:
+    """Two sizes where the batch is free: a dimension that was silently fixed fails one of them."""
+    smallest = max(4, spec.min_batch)
+    return (smallest, smallest + 3) if spec.batch is None else (spec.batch,)

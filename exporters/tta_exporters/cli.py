@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tta_runtime.errors import TtaError
@@ -20,6 +21,15 @@ EPILOG = (
     "3 a package is missing; 130 interrupted."
 )
 CHECK_FAILED, USAGE, MISSING, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
+_EXIT_CODES = {
+    "option": USAGE,
+    "output-exists": USAGE,
+    "output-unwritable": USAGE,
+    "extra-missing": MISSING,
+    "engine-missing": MISSING,
+    "parity": CHECK_FAILED,
+}
+"""By the error's code; what is not listed is REFUSED."""
 
 app = typer.Typer(
     help="Compile a trained model and adaptation methods into a bundle that runs without PyTorch.",
@@ -29,23 +39,26 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors become one line of cause and fix and a documented exit code."""
     try:
-        app(standalone_mode=True)
+        app(args=arguments, prog_name="tta-export")
     except ImportError as error:
-        _fail(f"{error.name or error} is not installed. pip install 'tta-runtime[export]'.", MISSING)
+        _fail(
+            "missing",
+            f"{error.name or error} is not installed. Run `pip install 'tta-runtime[export]'`",
+            MISSING,
+        )
     except TtaError as error:
-        codes = {"option": USAGE, "output-exists": USAGE, "extra-missing": MISSING, "parity": CHECK_FAILED}
-        _fail(str(error), codes.get(error.code, REFUSED))
+        _fail(error.code, str(error), _EXIT_CODES.get(error.code, REFUSED))
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+        _fail("interrupted", "interrupted, nothing was written", INTERRUPTED)
 
 
-def _fail(message: str, code: int) -> None:
-    # Messages may hold square brackets ([export], shapes), which rich would take for markup.
-    Console(stderr=True).print(f"error: {message}", soft_wrap=True, highlight=False, markup=False)
-    sys.exit(code)
+def _fail(code: str, message: str, status: int) -> None:
+    # One line, whatever the parts of the message that come from files and libraries hold.
+    typer.echo(f"error ({code}): {' '.join(message.split())}", err=True)
+    sys.exit(status)
 
 
 @app.command(epilog=EPILOG)
@@ -73,7 +86,9 @@ def build(
         list[str] | None, typer.Option(help="Pattern of norm layers to freeze. Repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="What users send: float32 or uint8.")] = "float32",
-    value_range: Annotated[str, typer.Option("--range", help="Range users send, LOW:HIGH.")] = "0:1",
+    value_range: Annotated[
+        str | None, typer.Option("--range", help="Range users send, LOW:HIGH (default 0:1; uint8: 0:255).")
+    ] = None,
     mean: Annotated[str, typer.Option(help="Per-channel mean in units of 0..1, e.g. .485,.456,.406.")] = "",
     std: Annotated[str, typer.Option(help="Per-channel standard deviation, likewise.")] = "",
     raw_range: Annotated[
@@ -99,17 +114,15 @@ def build(
     from tta_exporters.build import BuildOptions, InputOptions
     from tta_exporters.build import build as build_bundle
     from tta_exporters.check import example_batch
-    from tta_exporters.errors import OptionError
     from tta_exporters.parity import parity, reference
     from tta_exporters.preprocess import Preprocess
     from tta_exporters.sources import load_network
     from tta_runtime import Model
 
-    if dtype not in ("float32", "uint8"):
-        raise OptionError(f"--dtype is {dtype!r}", "choose float32 or uint8")
-    low, high = _numbers(value_range, ":", "--range", count=2)
+    low, high = _numbers(value_range or ("0:255" if dtype == "uint8" else "0:1"), ":", "--range", count=2)
+    origin = source.rstrip("/").rsplit("/", 1)[-1]
     options = BuildOptions(
-        model_id=model_id or source.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1],
+        model_id=model_id or origin.rsplit(":", 1)[-1],
         input=InputOptions(
             _shape(input_shape),
             dtype,
@@ -122,10 +135,10 @@ def build(
         settings=_settings(settings or []),
         include=include or ["*"],
         exclude=exclude or [],
-        class_names=class_names.split(",") if class_names else None,
+        class_names=[name.strip() for name in class_names.split(",")] if class_names else None,
         head=head,
         default_method=default_method,
-        provenance={"source": source.rsplit("/", 1)[-1], "weights": weights.name if weights else "none"},
+        provenance={"source": origin, "weights": weights.name if weights else "none"},
     )
     network = load_network(source, weights)
     console = Console(stderr=True)
@@ -133,19 +146,22 @@ def build(
 
         def tell(line: str) -> None:
             status.update(line)
-            console.print(f"  {line}", style="dim", highlight=False)
+            console.print(f"  {line}", style="dim", highlight=False, markup=False)
 
         built = build_bundle(network, options, out, progress=tell)
         worst: dict[str, dict[str, object]] = {}
-        for name in built.methods if parity_steps else ():
-            tell(f"{name}: parity with torch in float64 over {parity_steps} steps")
-            batches = [example_batch(built.manifest.input, 8, seed) for seed in range(parity_steps)]
-            report = parity(Model.open(out, method=name), reference(network, options, name), batches)
-            worst[name] = {"output": report.worst.output, "error": report.worst.median}
-            if not report.ok:
-                # What does not compute what it should must not lie about as if it did.
-                shutil.rmtree(out)
-            report.require()
+        try:
+            for name, method in built.methods.items() if parity_steps else ():
+                tell(f"{name}: parity with torch in float64 over {parity_steps} steps")
+                size = max(8, method.spec.min_batch)
+                batches = [example_batch(built.manifest.input, size, seed) for seed in range(parity_steps)]
+                report = parity(Model.open(out, method=name), reference(network, options, name), batches)
+                worst[name] = {"output": report.worst.output, "error": report.worst.median}
+                report.require()
+        except BaseException:
+            # What does not compute what it should, or was not compared to the end, must not lie about as if it did.
+            shutil.rmtree(out)
+            raise
     size = sum(entry.bytes for entry in built.manifest.files.values())
     if as_json:
         _print_json({"bundle": str(out), "bytes": size, "theta": built.manifest.theta.size, "parity": worst})
@@ -154,11 +170,14 @@ def build(
         f"{out}: {size / 1e6:.1f} MB, theta {built.manifest.theta.size} values "
         f"({built.manifest.theta.trained} trained), methods {', '.join(built.methods)}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     for name, entry in worst.items():
         Console().print(
-            f"  {name}: worst deviation {entry['error']:.1e} in {entry['output']}", highlight=False
+            f"  {name}: worst deviation {entry['error']:.1e} in {entry['output']}",
+            highlight=False,
+            markup=False,
         )
 
 
@@ -182,11 +201,12 @@ def check(
         for result in check_bundle(bundle, tensorrt=tensorrt):
             results.append(result)
             mark = "[green]ok[/green]  " if result.ok else "[red]FAIL[/red]"
-            console.print(f"{mark} {result.graph:14s} {result.check:16s} {result.detail}", soft_wrap=True)
+            line = f" {result.graph:14s} {result.check:16s} {result.detail}"
+            console.print(mark + escape(line), highlight=False, soft_wrap=True)
     ok = all(result.ok for result in results)
     if json_file is not None:
-        json_file.write_text(
-            json.dumps({"ok": ok, "checks": [result.as_dict() for result in results]}, indent=2)
+        _write(
+            json_file, json.dumps({"ok": ok, "checks": [result.as_dict() for result in results]}, indent=2)
         )
     if not ok:
         raise typer.Exit(CHECK_FAILED)
@@ -213,7 +233,8 @@ def info(
     console = Console()
     spec = manifest.input
     console.print(
-        f"[bold]{manifest.model_id}[/bold]  {spec.dtype} {spec.shape} in {spec.low:g}..{spec.high:g}, "
+        f"[bold]{escape(manifest.model_id)}[/bold]  {spec.dtype} {escape(str(spec.shape))} "
+        f"in {spec.low:g}..{spec.high:g}, "
         f"{manifest.classes} classes\ntheta {manifest.theta.size} values, {manifest.theta.trained} trained, "
         f"digest {manifest.theta.digest[:12]}"
     )
@@ -221,13 +242,14 @@ def info(
     for name, method in manifest.methods.items():
         hyper = "\n".join(f"{entry.name}={entry.default:g}" for entry in method.hyper)
         title = f"{name} (default)" if name == manifest.default_method else name
-        table.add_row(title, method.doc, hyper, "\n".join(method.report))
+        table.add_row(*map(escape, (title, method.doc, hyper, "\n".join(method.report))))
     console.print(table)
     if theta:
         listing = Table("tensor", "shape", "kind", "trained", "offset")
         for entry in manifest.theta.entries:
             trained = "yes" if entry.trained else ""
-            listing.add_row(entry.name, str(entry.shape), entry.kind, trained, str(entry.offset))
+            row = (entry.name, str(entry.shape), entry.kind, trained, str(entry.offset))
+            listing.add_row(*map(escape, row))
         console.print(listing)
 
 
@@ -236,7 +258,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
     parts = text.lower().split("x")
     if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise OptionError(f"--input is {text!r}", "write lengths joined by x, e.g. 3x32x32")
+        raise OptionError(f"--input is {text!r}", "Write lengths joined by x, e.g. 3x32x32")
     return tuple(int(part) for part in parts)
 
 
@@ -246,9 +268,11 @@ def _numbers(text: str, separator: str, name: str, count: int | None = None) -> 
     try:
         values = [float(part) for part in text.split(separator)] if text else []
     except ValueError as error:
-        raise OptionError(f"{name} is {text!r}", f"write numbers joined by {separator!r}") from error
+        raise OptionError(f"{name} is {text!r}", f"Write numbers joined by {separator!r}") from error
     if count is not None and len(values) != count:
-        raise OptionError(f"{name} has {len(values)} numbers, expected {count}", f"e.g. 0{separator}1")
+        raise OptionError(
+            f"{name} has {len(values)} numbers, expected {count}", f"Write for example 0{separator}1"
+        )
     return values
 
 
@@ -260,9 +284,20 @@ def _settings(entries: list[str]) -> dict[str, dict[str, str | float | bool]]:
         key, separator, value = entry.partition("=")
         method, dot, option = key.partition(".")
         if not (separator and dot and option and value):
-            raise OptionError(f"--set {entry!r}", "write METHOD.OPTION=VALUE, e.g. tent.lr=0.001")
+            raise OptionError(f"--set {entry!r}", "Write METHOD.OPTION=VALUE, e.g. tent.lr=0.001")
         settings.setdefault(method, {})[option] = value
     return settings
+
+
+def _write(path: Path, text: str) -> None:
+    from tta_exporters.errors import OptionError
+
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise OptionError(
+            f"--json {path} cannot be written: {error.strerror}", "Choose another file"
+        ) from error
 
 
 def _print_json(value: object) -> None:

@@ -20,7 +20,7 @@ class TraceFailed(ExportError):
         where = f" in module {module_path!r}" if module_path else ""
         super().__init__(
             cause=f"the model cannot be traced{where}: {reason}",
-            fix="remove control flow that depends on tensor values and operations that fix the batch size there",
+            fix="Remove control flow that depends on tensor values and operations that fix the batch size there",
         )
         self.module_path = module_path
 
@@ -34,7 +34,7 @@ class OperatorNotSupported(ExportError):
         where = f"module {module_path!r}" if module_path else "the backward pass or the method"
         super().__init__(
             cause=f"operator {operator} in {where} cannot be lowered to ONNX: {reason}",
-            fix="replace it in the model, leave that module out of adaptation with --exclude, or add a decomposition",
+            fix="Replace it in the model, leave that module out of adaptation with --exclude, or add a decomposition",
         )
         self.operator = operator
         self.module_path = module_path
@@ -70,6 +70,12 @@ class OutputExists(ExportError):
     code = "output-exists"
 
 
+class OutputUnwritable(ExportError):
+    """The output directory cannot be made."""
+
+    code = "output-unwritable"
+
+
 class ExtraMissing(ExportError):
     """A package of an optional extra is not installed."""
 
@@ -86,3 +92,9 @@ class CheckFailed(ExportError):
     """A bundle's graph that does not pass a check."""
 
     code = "check-failed"
+
+
+def in_one_line(error: BaseException) -> str:
+    """Type and first line of an error that other people's code raised."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

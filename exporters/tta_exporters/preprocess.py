@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tta_exporters.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,9 @@ class Preprocess:
         mean: per channel, in units of [0, 1]; empty means 0.
         std: per channel, in units of [0, 1]; empty means 1.
         scale: whether low..high is mapped to 0..1 first. Off when the network takes the user's range itself.
+
+    Raises:
+        OptionError: an empty range, a standard deviation that is not positive, a number that is not finite.
     """
 
     low: float = 0.0
@@ -26,6 +32,14 @@ class Preprocess:
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
     scale: bool = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise OptionError(f"the range of the input is {self.low:g}..{self.high:g}", "Give low below high")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise OptionError(f"the mean is {list(self.mean)}", "Give finite numbers")
+        if not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise OptionError(f"the standard deviation is {list(self.std)}", "Give positive numbers")
 
     def __call__(self, x: Tensor) -> Tensor:
         """[batch, C, ...] float32 or uint8 -> [batch, C, ...] float32."""

@@ -71,6 +71,8 @@ class OrtEngine:
         settings.enable_mem_pattern = False
         settings.enable_mem_reuse = False
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
+        # Spinning threads help within a run; between runs they only take the cores from others.
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
         settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
         settings.add_session_config_entry("session.disable_prepacking", "0" if options.prepack else "1")
         try:
