@@ -283,7 +283,7 @@ def _settings(entries: list[str]) -> dict[str, dict[str, str | float | bool]]:
     for entry in entries:
         key, separator, value = entry.partition("=")
         method, dot, option = key.partition(".")
-        if not (separator and dot and option and value):
+        if not (separator and dot and method and option and value):
             raise OptionError(f"--set {entry!r}", "Write METHOD.OPTION=VALUE, e.g. tent.lr=0.001")
         settings.setdefault(method, {})[option] = value
     return settings
