@@ -1,1 +1,1 @@
-"""The cloud service will live here; see docs/adr/0001-one-vector.md for what it may exchange with an edge."""
+"""The package of the cloud service; this version ships none. docs/adr/0001-one-vector.md says what may cross to it."""
