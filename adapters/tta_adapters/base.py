@@ -12,7 +12,7 @@ paper, run eagerly in tests, and compiled, backward pass included, into an ONNX 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -130,7 +130,6 @@ class MethodSpec:
     trains: bool = True
     min_batch: int = 1
     rand: int = 0
-    options: Mapping[str, str] = field(default_factory=dict)
 
     def unpack_hyper(self, vector: Tensor) -> dict[str, Tensor]:
         """Names the entries of the hyper vector [H]; each value is a 0-d tensor."""

@@ -34,7 +34,6 @@ from tta_runtime.theta import make_layout
 
 logger = logging.getLogger(__name__)
 
-FORWARD = "forward"
 Progress = Callable[[str], None]
 
 
@@ -294,7 +293,7 @@ def _write(
     graphs: dict[str, manifest.Graph] = {}
     with WeightsWriter(work) as weights:
         progress("forward: tracing and lowering")
-        graphs[FORWARD] = _forward_graph(adapter, options, work, weights)
+        graphs[manifest.FORWARD] = _forward_graph(adapter, options, work, weights)
         for name, method in methods.items():
             if method.spec.trains:
                 progress(f"step.{name}: tracing and lowering")
@@ -385,7 +384,7 @@ def _forward_graph(
     ]
     binds = [("batch", "x"), ("theta", ""), ("logits", ""), ("features", "")]
     return _compile(
-        FORWARD, "serve", forward, arguments, ["logits", "features"], binds, adapter, work, weights
+        manifest.FORWARD, "serve", forward, arguments, ["logits", "features"], binds, adapter, work, weights
     )
 
 
