@@ -199,27 +199,19 @@ def memory_child(kind: str, name: str, bundle: str, batch: int) -> None:
 
 def profile(bundle: Path, batch: int, rounds: int = 4) -> str:
     """Milliseconds per operator type of our step, from ONNX Runtime's own profiler."""
-    import onnxruntime
+    from tta_runtime import Bundle, EngineOptions, OrtEngine
 
-    from tta_runtime import Bundle
-
-    graph = Bundle.open(bundle).manifest.graphs["step.tent"]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.enable_mem_pattern = options.enable_mem_reuse = False
-    options.enable_profiling = True
-    options.profile_file_prefix = str(bundle.parent / "profile")
-    session = onnxruntime.InferenceSession(
-        str(bundle / graph.file), options, disabled_optimizers=["CommonSubexpressionElimination"]
-    )
+    options = EngineOptions(threads=THREADS, profile=str(bundle.parent / "profile"))
+    engine = OrtEngine(Bundle.open(bundle), "step.tent", options)
     shapes = {
-        port.name: [batch if axis == "batch" else int(axis) for axis in port.shape] for port in graph.inputs
+        port.name: [batch if axis == "batch" else int(axis) for axis in port.shape]
+        for port in engine.spec.inputs
     }
     generator = np.random.default_rng(0)
     feed = {key: generator.random(shape, dtype=np.float32) for key, shape in shapes.items()}
     for _ in range(rounds + 1):
-        session.run(None, feed)
-    events = json.loads(Path(session.end_profiling()).read_text())
+        engine.run(feed)
+    events = json.loads(engine.end_profiling().read_text())
     starts = [event["ts"] for event in events if event["name"] == "model_run"]
     totals: dict[str, float] = {}
     for event in events:

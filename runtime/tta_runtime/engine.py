@@ -52,6 +52,8 @@ class EngineOptions:
     """Allow the blocked (NCHWc) convolution layout of the CPU: faster, and also a copy of the weights."""
     arena: bool = True
     """Keep freed memory for the next run: faster, and the memory of the largest batch is never given back."""
+    profile: str | None = None
+    """Measure every operator and write the times to a file whose path begins so; see `OrtEngine.end_profiling`."""
 
 
 class Loader(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -51,6 +52,7 @@ class OrtEngine:
         self.spec: Graph = bundle.manifest.graphs[graph]
         self.provider: str = options.provider
         self._key = graph
+        self._profiled = options.profile is not None
         self._failures = _failures()
         self._inputs = frozenset(p.name for p in self.spec.inputs)
         self._outputs = [p.name for p in self.spec.outputs]
@@ -75,6 +77,9 @@ class OrtEngine:
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
         settings.add_session_config_entry("session.disable_prepacking", "0" if options.prepack else "1")
+        if options.profile is not None:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = options.profile
         try:
             self._session = ort.InferenceSession(
                 str(bundle.file(graph)),
@@ -120,6 +125,19 @@ class OrtEngine:
                 "Try a smaller batch; if that fails too, report the message",
             ) from error
         return dict(zip(self._outputs, values, strict=True))
+
+    def end_profiling(self) -> Path:
+        """Stops measuring (`EngineOptions.profile`) and says where the times are: JSON in Chrome's trace format.
+
+        Raises:
+            BadValue: the engine was loaded without `profile`.
+        """
+        if not self._profiled:
+            raise BadValue(
+                f"graph `{self._key}` was loaded without profiling",
+                "Load it with EngineOptions(profile=PREFIX)",
+            )
+        return Path(self._session.end_profiling())
 
 
 def _return_free_memory() -> None:
