@@ -1,0 +1,402 @@
+"""Figures of the daemon as Prometheus text. No clock, no socket, no state between two calls.
+
+`METRICS` is the whole list: each entry says what it is called, what it means and how it is read from the
+daemon's status and figures. docs/metrics.md is made from it. No label names a stream or a sample, so a scrape
+grows with the bundles only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from tta_edge.stats import BOUNDS_S, Figures, Histogram
+from tta_edge.wire import StatusReply, StreamState, StreamStatus
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+STEP_RESULTS = ("committed", "refused")
+
+Samples = Iterable[tuple[tuple[str, ...], Any]]
+"""Label values, in the order of the definition's labels, and the value: a number, or a `Histogram`."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One metric family.
+
+    Attributes:
+        name: as it stands in a query; a histogram's without `_bucket`, `_sum` and `_count`.
+        kind: its Prometheus type.
+        labels: names of its labels.
+        meaning: the HELP text.
+        read: its samples at one moment.
+        triton: the metric of the Triton inference server that means the same, if any.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    meaning: str
+    read: Callable[[StatusReply, Figures], Samples]
+    triton: str = ""
+
+    def family(self, status: StatusReply, figures: Figures) -> Metric:
+        """The family with its samples."""
+        samples = self.read(status, figures)
+        if self.kind == "histogram":
+            return _histograms(self, samples)
+        kind = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
+        family = kind(self.name, self.meaning, labels=self.labels)
+        for labels, value in samples:
+            family.add_metric(labels, value)
+        return family
+
+
+def exposition(status: StatusReply, figures: Figures) -> bytes:
+    """Everything in `METRICS` in Prometheus' text format, version 0.0.4."""
+    registry = CollectorRegistry()
+    registry.register(_Moment(status, figures))
+    return generate_latest(registry)
+
+
+def table() -> str:
+    """The metrics as a Markdown table, for docs/metrics.md."""
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        after = f" As Triton's `{metric.triton}`." if metric.triton else ""
+        rows.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.meaning}{after} |")
+    return "\n".join(rows)
+
+
+@dataclass(frozen=True, eq=False)  # the registry keeps its collectors by identity
+class _Moment(Collector):
+    """What the client library asks for the metrics of one scrape."""
+
+    status: StatusReply
+    figures: Figures
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        return (metric.family(self.status, self.figures) for metric in METRICS)
+
+
+def _histograms(metric: Definition, samples: Samples) -> Metric:
+    family = HistogramMetricFamily(metric.name, metric.meaning, labels=metric.labels)
+    for labels, value in samples:
+        family.add_metric(labels, buckets=_buckets(value), sum_value=value.total)
+    return family
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """Cumulative counts by upper bound, as the format wants them."""
+    below, buckets = 0, []
+    for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), histogram.counts, strict=True):
+        below += count
+        buckets.append((bound, float(below)))
+    return buckets
+
+
+# --- how metrics are read -----------------------------------------------------------------------------
+
+
+def _one(value: float) -> Samples:
+    return [((), value)]
+
+
+def _by_name(values: Mapping[str, Any]) -> Samples:
+    return [((name,), value) for name, value in values.items()]
+
+
+def _by_bundle(status: StatusReply, values: Mapping[str, float]) -> Samples:
+    """A value for each bundle that is served now or has been; 0 from the start, so that rates see the first."""
+    served = dict.fromkeys((bundle.name for bundle in status.bundles), 0.0)
+    return _by_name({**served, **values})
+
+
+def _steps(status: StatusReply, figures: Figures) -> Samples:
+    served = {(bundle.name, result): 0.0 for bundle in status.bundles for result in STEP_RESULTS}
+    return list({**served, **figures.steps}.items())
+
+
+def _events(action: str) -> Callable[[StatusReply, Figures], Samples]:
+    """The events of one action by their reason."""
+
+    def read(_: StatusReply, figures: Figures) -> Samples:
+        return [((reason,), count) for (what, reason), count in figures.events.items() if what == action]
+
+    return read
+
+
+def _streams(status: StatusReply, _: Figures) -> Samples:
+    counts = Counter((stream.bundle, stream.state) for stream in status.streams)
+    served = [(bundle.name, state) for bundle in status.bundles for state in get_args(StreamState)]
+    return [(labels, counts[labels]) for labels in dict.fromkeys((*served, *counts))]
+
+
+def _waiting(status: StatusReply, _: Figures) -> Samples:
+    waiting: Counter[str] = Counter()
+    for stream in status.streams:
+        waiting[stream.bundle] += stream.window
+    return _by_bundle(status, waiting)
+
+
+def _over_streams(
+    figure: Callable[[StreamStatus], float | None],
+) -> Callable[[StatusReply, Figures], Samples]:
+    """Least, mean and greatest of one figure over the streams of each bundle that have it."""
+
+    def read(status: StatusReply, _: Figures) -> Samples:
+        values: dict[str, list[float]] = {}
+        for stream in status.streams:
+            value = figure(stream)
+            if value is not None:
+                values.setdefault(stream.bundle, []).append(value)
+        for bundle, found in values.items():
+            yield (bundle, "minimum"), min(found)
+            yield (bundle, "mean"), sum(found) / len(found)
+            yield (bundle, "maximum"), max(found)
+
+    return read
+
+
+_OVER = ("bundle", "aggregate")
+
+METRICS: tuple[Definition, ...] = (
+    Definition(
+        "tta_build_info",
+        "gauge",
+        ("version",),
+        "Always 1; the label says which version runs.",
+        lambda status, _: [((status.version,), 1)],
+    ),
+    Definition(
+        "tta_bundle_info",
+        "gauge",
+        ("bundle", "model", "method", "provider", "digest"),
+        "Always 1; the labels say what is served, the digest by its first 12 digits.",
+        lambda status, _: [
+            ((bundle.name, bundle.model_id, bundle.method, bundle.provider, bundle.digest[:12]), 1)
+            for bundle in status.bundles
+        ],
+    ),
+    Definition(
+        "tta_bundle_loads_total",
+        "counter",
+        ("bundle",),
+        "How often the bundle was loaded: 1 for the start, one more for each reload.",
+        lambda status, _: [((bundle.name,), bundle.loads) for bundle in status.bundles],
+    ),
+    Definition(
+        "tta_uptime_seconds",
+        "gauge",
+        (),
+        "Time since the daemon started.",
+        lambda status, _: _one(status.uptime_s),
+    ),
+    Definition(
+        "tta_resident_memory_bytes",
+        "gauge",
+        (),
+        "Resident memory of the daemon.",
+        lambda status, _: _one(status.rss_bytes),
+    ),
+    Definition(
+        "tta_disk_ok",
+        "gauge",
+        (),
+        "0 if the last write to the state directory failed, else 1.",
+        lambda status, _: _one(float(not status.disk_error)),
+    ),
+    Definition(
+        "tta_requests_total",
+        "counter",
+        ("message",),
+        "Requests of any kind that got what they asked for.",
+        lambda _, figures: _by_name(figures.answered),
+    ),
+    Definition(
+        "tta_inference_request_success_total",
+        "counter",
+        ("bundle",),
+        "Predictions answered.",
+        lambda status, figures: _by_bundle(
+            status, {bundle: sum(times.counts) for bundle, times in figures.request_s.items()}
+        ),
+        triton="nv_inference_request_success",
+    ),
+    Definition(
+        "tta_inference_request_failure_total",
+        "counter",
+        ("reason",),
+        "Requests of any kind that got an error, or whose reply could not be delivered, by the error's code.",
+        lambda _, figures: _by_name(figures.refused),
+        triton="nv_inference_request_failure",
+    ),
+    Definition(
+        "tta_inference_count_total",
+        "counter",
+        ("bundle",),
+        "Samples answered.",
+        lambda status, figures: _by_bundle(status, figures.samples),
+        triton="nv_inference_count",
+    ),
+    Definition(
+        "tta_inference_exec_count_total",
+        "counter",
+        ("bundle",),
+        "Runs of the engine for an answer; one run may answer several requests.",
+        lambda status, figures: _by_bundle(status, figures.runs),
+        triton="nv_inference_exec_count",
+    ),
+    Definition(
+        "tta_inference_request_duration_seconds",
+        "histogram",
+        ("bundle",),
+        "Time of a prediction from its arrival to its answer.",
+        lambda _, figures: _by_name(figures.request_s),
+        triton="nv_inference_request_duration_us",
+    ),
+    Definition(
+        "tta_inference_queue_duration_seconds",
+        "histogram",
+        ("bundle",),
+        "Time of a prediction in the queue.",
+        lambda _, figures: _by_name(figures.queue_s),
+        triton="nv_inference_queue_duration_us",
+    ),
+    Definition(
+        "tta_inference_compute_infer_duration_seconds",
+        "histogram",
+        ("bundle",),
+        "Time of a prediction in the engine.",
+        lambda _, figures: _by_name(figures.compute_s),
+        triton="nv_inference_compute_infer_duration_us",
+    ),
+    Definition(
+        "tta_inference_pending_request_count",
+        "gauge",
+        (),
+        "Requests received and not answered yet.",
+        lambda status, _: _one(status.requests.open),
+        triton="nv_inference_pending_request_count",
+    ),
+    Definition(
+        "tta_adapt_enabled",
+        "gauge",
+        (),
+        "The kill switch: 1 if streams may adapt, 0 if none may.",
+        lambda status, _: _one(float(status.adapt)),
+    ),
+    Definition(
+        "tta_steps_total",
+        "counter",
+        ("bundle", "result"),
+        "Steps of the method, `committed` or `refused` by a guard.",
+        _steps,
+    ),
+    Definition(
+        "tta_step_duration_seconds",
+        "histogram",
+        ("bundle",),
+        "Time of a step.",
+        lambda _, figures: _by_name(figures.step_s),
+    ),
+    Definition(
+        "tta_events_total",
+        "counter",
+        ("action", "reason"),
+        "Everything the daemon did by itself or was told to do; reasons are listed in operations.md.",
+        lambda _, figures: list(figures.events.items()),
+    ),
+    Definition(
+        "tta_resets_total",
+        "counter",
+        ("reason",),
+        "Streams returned to the source.",
+        _events("reset"),
+    ),
+    Definition(
+        "tta_rollbacks_total",
+        "counter",
+        ("reason",),
+        "Streams returned to their last good checkpoint.",
+        _events("rollback"),
+    ),
+    Definition(
+        "tta_refused_steps_total",
+        "counter",
+        ("reason",),
+        "Steps that a guard refused; theta stayed as it was.",
+        _events("refuse"),
+    ),
+    Definition(
+        "tta_streams",
+        "gauge",
+        ("bundle", "state"),
+        "Streams in memory by what they do: `adapting`; `frozen` by the guards; `source`, the method has no "
+        "step; `off`, switched off.",
+        _streams,
+    ),
+    Definition(
+        "tta_streams_held",
+        "gauge",
+        ("place",),
+        "Streams by where they are: in `memory`, or on `disk` only.",
+        lambda status, _: [(("memory",), len(status.streams)), (("disk",), status.stored_streams)],
+    ),
+    Definition(
+        "tta_window_samples",
+        "gauge",
+        ("bundle",),
+        "Samples that wait for a step, over all streams.",
+        _waiting,
+    ),
+    Definition(
+        "tta_dropped_samples_total",
+        "counter",
+        (),
+        "Samples that left a window without having been adapted on.",
+        lambda _, figures: _one(figures.dropped),
+    ),
+    Definition(
+        "tta_stream_entropy_nats",
+        "gauge",
+        _OVER,
+        "Running mean entropy of the predictions: `minimum`, `mean`, `maximum` over the streams in memory.",
+        _over_streams(lambda stream: stream.entropy),
+    ),
+    Definition(
+        "tta_stream_diversity_ratio",
+        "gauge",
+        _OVER,
+        "Entropy of the running mean prediction as a fraction of ln C, over the streams; near 0: collapsed.",
+        _over_streams(lambda stream: stream.diversity),
+    ),
+    Definition(
+        "tta_stream_distance_ratio",
+        "gauge",
+        _OVER,
+        "Distance of theta to the source theta, relative to the norm of the latter, over the streams.",
+        _over_streams(lambda stream: stream.distance),
+    ),
+    Definition(
+        "tta_stream_agreement_ratio",
+        "gauge",
+        _OVER,
+        "Share of the compared samples to which stream and frozen source give the same class, over the streams.",
+        _over_streams(lambda stream: stream.agreement),
+    ),
+)
+"""Every metric of a scrape, in its order."""
