@@ -10,60 +10,10 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from figures import BUNDLE, busy_stats, status, stream
 from running import REPOSITORY
 from tta_edge.metrics import METRICS, exposition, table
 from tta_edge.stats import BOUNDS_S, Stats
-from tta_edge.wire import BundleStatus, Requests, StatusReply, StreamStatus
-
-BUNDLE = BundleStatus(
-    name="default", model_id="digits", digest="ab" * 32, method="tent", provider="CPU", loads=1
-)
-
-
-def stream(name="camera-1", **changes):
-    figures = StreamStatus(
-        id=name,
-        bundle="default",
-        method="tent",
-        steps=3,
-        theta_digest="cd" * 32,
-        distance=0.1,
-        state="adapting",
-        restored="source",
-        samples=48,
-    )
-    return msgspec.structs.replace(figures, **changes)
-
-
-def status(**changes):
-    reply = StatusReply(
-        id=0,
-        version="1.2.3",
-        uptime_s=5.5,
-        adapt=True,
-        policy="inline",
-        bundles=[BUNDLE],
-        streams=[],
-        stored_streams=0,
-        requests=Requests(ok=0, failed=0),
-        latency_ms={},
-        rss_bytes=1 << 20,
-    )
-    return msgspec.structs.replace(reply, **changes)
-
-
-def busy_stats():
-    """A bit of everything."""
-    stats = Stats()
-    stats.answered("predict")
-    stats.predicted("default", 16, queue_s=0.002, compute_s=0.004, total_s=0.006)
-    stats.ran("default")
-    stats.stepped("default", "committed", 0.02)
-    stats.refused("busy")
-    for action, reason in (("reset", "ball"), ("rollback", "requested"), ("refuse", "ball"), ("skip", "x")):
-        stats.happened(action, reason)
-    stats.dropped(7)
-    return stats
 
 
 def scrape(reply=None, stats=None):
