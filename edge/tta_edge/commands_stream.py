@@ -5,6 +5,8 @@ it runs.
 from __future__ import annotations
 
 import json
+import os
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,7 +129,10 @@ def evaluate(
     stream: Annotated[str, typer.Option(help=SOURCE_HELP)] = "digits",
     shifts: Annotated[
         str | None,
-        typer.Option(help=SHIFT_HELP + " Without it the stream is taken as it is.", show_default=False),
+        typer.Option(
+            help=SHIFT_HELP + " Without it, and at the word none, the stream is taken as it is.",
+            show_default=False,
+        ),
     ] = None,
     methods: Annotated[
         str | None,
@@ -147,6 +152,14 @@ def evaluate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the engine.", show_default=False)
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write tables and plots as one HTML file (needs the extra `plots`).",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Measure the error of each method under each shift, without a daemon.
@@ -162,7 +175,7 @@ def evaluate(
 
     from tta_edge.builtin import builtin_bundle
     from tta_edge.config import parse_settings
-    from tta_edge.evaluate import Plan, check_setting, spread
+    from tta_edge.evaluate import Plan, check_setting, parse_shifts, spread
     from tta_edge.evaluate import evaluate as run
     from tta_edge.streams.order import order
     from tta_edge.streams.sources import open_source
@@ -171,8 +184,13 @@ def evaluate(
     from tta_runtime.engine import EngineOptions
 
     _check_output(json_file)
+    _check_output(report)
+    if report is not None:
+        from tta_edge.figure import check_plots
+
+        check_plots()
     source = open_source(stream)
-    parsed = source.parse(shifts)
+    parsed = parse_shifts(source, shifts)
     _warn_of_sorted(source, shuffle)
     opened = Bundle.open(bundle if bundle is not None else builtin_bundle())
     names = (
@@ -195,6 +213,11 @@ def evaluate(
         )
     console.print(evaluation_table(result))
     _write_json(json_file, result.to_json())
+    if report is not None:
+        from tta_edge.report import Facts, command_line, host_facts, render
+
+        again = command_line(plan, bundle=bundle, threads=threads, report=report, json=json_file)
+        _write(report, render(result, Facts(again, datetime.now(timezone.utc), host_facts())))
 
 
 def demo(
@@ -271,24 +294,35 @@ def _check_output(path: Path | None) -> None:
     """Refuse a place that cannot be written before the work begins.
 
     Raises:
-        OutputUnwritable: the directory does not exist, or the path is one.
+        OutputUnwritable: the directory does not exist, or the path is one, or this user may not write there.
     """
     if path is None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():
         cause = "is a directory" if path.is_dir() else f"has no directory {path.absolute().parent}"
         raise OutputUnwritable(f"{path} {cause}", "Name a file in an existing directory")
+    # A file is replaced, which its directory must allow; a pipe or a device is written to.
+    place = path if path.exists() and not path.is_file() else path.absolute().parent
+    if not os.access(place, os.W_OK):
+        raise OutputUnwritable(f"{place} is not writable", "Name a file in a directory of yours")
 
 
 def _write_json(path: Path | None, form: dict[str, Any]) -> None:
+    if path is not None:
+        _write(path, json.dumps(form, indent=2, allow_nan=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or nothing of it.
+
+    Raises:
+        OutputUnwritable: the system refuses.
+    """
     from tta_runtime.atomic import write_atomic
 
-    if path is None:
-        return
-    text = json.dumps(form, indent=2, allow_nan=False) + "\n"
     try:
         if path.exists() and not path.is_file():
-            path.write_text(text)  # a pipe or a device: there is nothing to replace
+            path.write_text(text, encoding="utf-8")  # a pipe or a device: there is nothing to replace
         else:
             write_atomic(path, text.encode())
     except OSError as error:

@@ -31,7 +31,7 @@ from tta_runtime.errors import (
     did_you_mean,
 )
 from tta_runtime.inputs import Limits
-from tta_runtime.manifest import Manifest
+from tta_runtime.manifest import FORWARD, Manifest, MethodSpec
 from tta_runtime.model import Engines, Model
 
 NO_SHIFT = "none"
@@ -41,7 +41,7 @@ Progress = Callable[[str, int], None]
 """Told what is running and how many predictions were made since the last call."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """The result of one method under one shift.
 
@@ -49,19 +49,52 @@ class Row:
         shift: name of the corruption; "none" for the stream as it is.
         severity: 1 to 5; None without a shift.
         method: the method's name.
-        error: share of wrong predictions.
-        samples: how many predictions.
+        wrong: [samples] bool, in order of arrival: whether each prediction was wrong. All rows of an evaluation
+            have the same images in the same order, so that rows can be compared sample by sample.
         adapted: how many batches changed theta.
-        refused: how many steps were thrown away because theta or state became NaN or Inf.
+        refused_batches: the batches (counted from 0) whose step was thrown away because theta or state became
+            NaN or Inf; they were answered all the same.
     """
 
     shift: str
     severity: int | None
     method: str
-    error: float
-    samples: int
+    wrong: NDArray[np.bool_]
     adapted: int
-    refused: int
+    refused_batches: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """The shift as it is written on a command line."""
+        return self.shift if self.severity is None else f"{self.shift}:{self.severity}"
+
+    @property
+    def samples(self) -> int:
+        """How many predictions."""
+        return len(self.wrong)
+
+    @property
+    def error(self) -> float:
+        """Share of wrong predictions."""
+        return int(self.wrong.sum()) / len(self.wrong)
+
+    @property
+    def refused(self) -> int:
+        """How many steps were thrown away."""
+        return len(self.refused_batches)
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine-readable form: everything but the single predictions."""
+        return {
+            "shift": self.shift,
+            "severity": self.severity,
+            "method": self.method,
+            "error": self.error,
+            "samples": self.samples,
+            "adapted": self.adapted,
+            "refused": self.refused,
+            "refused_batches": list(self.refused_batches),
+        }
 
 
 @dataclass(frozen=True)
@@ -93,17 +126,40 @@ class Plan:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows and everything that is needed to get them again."""
+    """Rows and everything that is needed to get them again.
+
+    Attributes:
+        model: the bundle's model id.
+        digest: the bundle's digest.
+        frozen: the evaluated method that is the source model left alone; None if none of them is.
+        rows: shift after shift; within a shift the methods in the plan's order.
+        plan: what was evaluated.
+        hyper: method -> hyper-parameter -> the value used, given or default.
+    """
 
     model: str
+    digest: str
+    frozen: str | None
     rows: tuple[Row, ...]
     plan: Plan
     hyper: Mapping[str, Mapping[str, float]]
+
+    def rows_of(self, method: str) -> tuple[Row, ...]:
+        """The rows of one method, shift after shift."""
+        return tuple(row for row in self.rows if row.method == method)
+
+    def shifted_rows_of(self, method: str) -> tuple[Row, ...]:
+        """Those of them that a mean over the shifts is taken over: without the stream as it is, unless there is
+        nothing else.
+        """
+        rows = self.rows_of(method)
+        return tuple(row for row in rows if row.shift != NO_SHIFT) or rows
 
     def to_json(self) -> dict[str, Any]:
         """The machine-readable form."""
         return {
             "model": self.model,
+            "bundle": self.digest,
             "stream": self.plan.source.name,
             "setting": self.plan.setting,
             "batch": self.plan.batch,
@@ -111,7 +167,7 @@ class Evaluation:
             "shuffle": self.plan.shuffle,
             "limit": self.plan.limit,
             "hyper": {method: dict(values) for method, values in self.hyper.items()},
-            "rows": [vars(row) for row in self.rows],
+            "rows": [row.to_json() for row in self.rows],
         }
 
 
@@ -172,8 +228,27 @@ def evaluate(
                 model.reset()
         rows += _one_shift(models, plan, shift, labels, to_input, progress or _silent)
     return Evaluation(
-        manifest.model_id, tuple(rows), plan, {model.method: model.hyper for model in models if model.hyper}
+        manifest.model_id,
+        opened.digest,
+        next((name for name in plan.methods if _is_frozen(manifest.methods[name])), None),
+        tuple(rows),
+        plan,
+        {model.method: model.hyper for model in models if model.hyper},
     )
+
+
+def parse_shifts(source: Source, text: str | None) -> tuple[Shift | None, ...]:
+    """The shifts of a command line as `Source.parse` reads them; the word `none` is the stream as it is.
+
+    Raises:
+        UnknownShift, BadSeverity: a misspelt item.
+        ShiftNotGiven: the source has ready-made shifts, and not this one, or no unshifted images.
+    """
+    if text is None or NO_SHIFT not in (items := [item.strip() for item in text.split(",")]):
+        return source.parse(text)
+    source.shifted(None, 0)  # refuse it now where there are no unshifted images
+    parts = [(None,) if item == NO_SHIFT else source.parse(item) for item in items]
+    return tuple(dict.fromkeys(shift for part in parts for shift in part))
 
 
 def spread(
@@ -238,6 +313,11 @@ def _check(plan: Plan) -> None:
         raise BadValue(f"a method is named twice: {', '.join(plan.methods)}", "Name each once")
 
 
+def _is_frozen(method: MethodSpec) -> bool:
+    """Whether a method is the source model left alone: no step, and theta serves."""
+    return method.step is None and method.serve == FORWARD and method.serve_vector == "theta"
+
+
 def _silent(_: str, __: int) -> None:
     """Nobody watches."""
 
@@ -252,20 +332,24 @@ def _one_shift(
 ) -> list[Row]:
     """All methods over one shift, batch by batch."""
     places = order(plan.source.count, limit=plan.limit, shuffle=plan.shuffle, seed=plan.seed)
-    wrong, adapted, refused = ([0] * len(models) for _ in range(3))
-    for batch in batches(plan.source, shift, places, batch=plan.batch, seed=plan.seed):
+    adapted = [0] * len(models)
+    wrong: list[list[NDArray[np.bool_]]] = [[] for _ in models]
+    refused: list[list[int]] = [[] for _ in models]
+    stream = batches(plan.source, shift, places, batch=plan.batch, seed=plan.seed)
+    for number, batch in enumerate(stream):
         x = to_input(batch.images)
         truth = labels[batch.indices]
         for k, model in enumerate(models):
             before = model.steps
             logits, good = _answer(model, x)
-            wrong[k] += int((logits.argmax(axis=1) != truth).sum())
+            wrong[k].append(logits.argmax(axis=1) != truth)
             adapted[k] += model.steps - before
-            refused[k] += not good
+            if not good:
+                refused[k].append(number)
             progress(f"{shift or NO_SHIFT} {model.method}", len(x))
     name, severity = (NO_SHIFT, None) if shift is None else (shift.name, shift.severity)
     return [
-        Row(name, severity, model.method, wrong[k] / len(places), len(places), adapted[k], refused[k])
+        Row(name, severity, model.method, np.concatenate(wrong[k]), adapted[k], tuple(refused[k]))
         for k, model in enumerate(models)
     ]
 

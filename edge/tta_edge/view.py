@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tta_edge.client import Reply
+from tta_edge.comparison import compare
 from tta_edge.evaluate import NO_SHIFT, Evaluation
 from tta_edge.live import Phase, Result, clean_loss
 from tta_edge.streams.measures import Recovery, rolling_mean
@@ -158,21 +159,17 @@ def _footnotes(
 
 
 def evaluation_table(evaluation: Evaluation) -> RenderableType:
-    """Error of each shift and method, and the mean over the shifts."""
+    """Error of each shift and method, and the mean over the shifts (the stream as it is does not count as one)."""
     plan = evaluation.plan
-    table = Table(show_footer=len(plan.shifts) > 1)
-    by_method = {
-        method: [row.error for row in evaluation.rows if row.method == method] for method in plan.methods
-    }
-    several = len(plan.shifts) > 1
-    table.add_column("shift", footer="mean" if several else "")
-    for method, errors in by_method.items():
-        table.add_column(
-            method, justify="right", footer=percent(sum(errors) / len(errors)) if several else ""
-        )
+    methods = compare(evaluation)
+    several = sum(shift is not None for shift in plan.shifts) > 1
+    table = Table(show_footer=several)
+    table.add_column("shift", footer="mean of the shifts" if None in plan.shifts else "mean")
+    for method in methods:
+        table.add_column(method.name, justify="right", footer=percent(method.error))
     for k, shift in enumerate(plan.shifts):
         label = NO_SHIFT if shift is None else str(shift)
-        table.add_row(label, *(percent(errors[k]) for errors in by_method.values()))
+        table.add_row(label, *(percent(method.cells[k].row.error) for method in methods))
     lines = [
         f"{evaluation.rows[0].samples} samples of {plan.source.name} for each shift, model {evaluation.model}"
     ]
