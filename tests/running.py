@@ -26,7 +26,8 @@ def running(bundle: Path, **settings: object) -> Iterator[Server]:
 
     What makes it fail to start, or to stop, is raised here.
     """
-    server = Server(Config(**{"bundle": str(bundle), "bind": "tcp://127.0.0.1:0", "threads": 1, **settings}))
+    defaults = {"bundle": str(bundle), "bind": "tcp://127.0.0.1:0", "http": "off", "threads": 1}
+    server = Server(Config(**{**defaults, **settings}))
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -123,4 +124,5 @@ def process_environment(**changes: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("TTA_")}
     folders = [REPOSITORY / name for name in ("runtime", "adapters", "exporters", "edge", "cloud")]
     path = os.pathsep.join([*map(str, folders), *filter(None, [clean.get("PYTHONPATH", "")])])
-    return {**clean, "PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "120", **changes}
+    common = {"PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "120", "TTA_HTTP": "off"}
+    return {**clean, **common, **changes}

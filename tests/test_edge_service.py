@@ -55,7 +55,8 @@ def nothing_changes(client, bundle):
     """After the block: every stream as it was, every file as it was, and the next request is answered."""
 
     def snapshot():
-        return [(s.id, s.theta_digest, s.steps) for s in client.status().streams], files(bundle)
+        streams = client.status().streams
+        return sorted((s.id, s.theta_digest, s.steps) for s in streams), files(bundle)
 
     before = snapshot()
     yield
@@ -137,7 +138,7 @@ def test_streams_adapt_apart_and_reset_returns_one_to_the_source(bundle, client)
         client.predict(X, stream="camera-2")
     assert client.predict(X, stream="camera-1", adapt=False).theta_digest == first.theta_digest
     source = Model.open(bundle).digest
-    assert client.reset("camera-2") == source
+    assert client.reset("camera-2").theta_digest == source
     by_id = {s.id: s for s in client.status().streams}
     assert (by_id["camera-2"].steps, by_id["camera-2"].last_event) == (0, "reset: requested")
     assert (by_id["camera-1"].steps, by_id["camera-1"].theta_digest) == (1, first.theta_digest)
@@ -150,7 +151,9 @@ def test_status_counts(client):
     assert (status.requests.failed, status.requests.failures) == (1, {"wrong-shape": 1})
     assert status.requests.ok == 2  # info for the limits, predict
     assert status.latency_ms["p50"] <= status.latency_ms["p99"]
-    assert status.bundles == ["tiny"]
+    assert [(b.name, b.model_id, b.method, b.loads) for b in status.bundles] == [
+        ("default", "tiny", "tent", 1)
+    ]
     (stream,) = status.streams
     assert (stream.id, stream.method, stream.steps, stream.state) == ("default", "tent", 1, "adapting")
     assert stream.entropy > 0
@@ -163,11 +166,20 @@ def test_a_method_without_a_step_only_serves(bundle):
         assert client.status().streams[0].state == "source"
 
 
-def test_a_batch_below_the_methods_minimum_is_answered_and_not_adapted_on(bundle, client):
+def test_a_batch_below_the_methods_minimum_is_answered_and_not_adapted_on(bundle):
+    with running(bundle, inline_min_batch=1) as server, Client(server.endpoint) as client:
+        client.predict(X)
+        with nothing_changes(client, bundle):
+            reply = client.predict(X[:1])
+            assert (reply.adapted, reply.reason, reply.collected) == (False, "", True)
+            assert reply.logits.shape == (1, 3)
+
+
+def test_a_small_batch_is_answered_and_collected(bundle, client):
     with nothing_changes(client, bundle):
-        reply = client.predict(X[:1])
-        assert (reply.adapted, reply.reason) == (False, "batch-size")
-        assert reply.logits.shape == (1, 3)
+        reply = client.predict(X[:4])
+        assert (reply.adapted, reply.reason, reply.collected) == (False, "", True)
+        assert client.status().streams[0].window == 4
 
 
 def test_hyper_parameters_reach_the_method(bundle):
@@ -182,7 +194,7 @@ def test_hyper_parameters_reach_the_method(bundle):
 def test_images_as_uint8(tmp_path):
     tiny_bundle.build(tmp_path / "u8", dtype="uint8")
     with running(tmp_path / "u8") as server, Client(server.endpoint) as client:
-        assert client.predict(np.full((4, 8), 200, np.uint8)).adapted
+        assert client.predict(np.full((16, 8), 200, np.uint8)).adapted
 
 
 def test_large_batches_pass_whole(bundle):
@@ -229,7 +241,7 @@ def test_ten_times_the_size_limit_is_refused_by_the_client_before_sending(bundle
     with running(bundle, max_request_bytes=4096) as server, Client(server.endpoint) as client:
         with nothing_changes(client, bundle), pytest.raises(runtime_errors.TooLarge, match="40960 bytes"):
             client.predict(np.zeros((1280, 8), np.float32))
-        assert server.stats.failures() == {}
+        assert server.stats.figures().refused == {}
 
 
 def test_ten_times_the_size_limit_on_the_wire_closes_that_connection_only(bundle):
@@ -394,7 +406,7 @@ def test_many_clients_at_once_each_get_their_own_answer(bundle, server):
     failures = []
 
     def work(number):
-        x, _ = tiny_bundle.samples(8, seed=number)
+        x, _ = tiny_bundle.samples(16, seed=number)
         want = expected.predict(x, source=True).logits
         with Client(server.endpoint, timeout_s=30) as client:
             for _ in range(10):

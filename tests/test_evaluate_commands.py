@@ -145,7 +145,7 @@ def test_stream_shows_the_fall_and_the_recovery(daemon, tmp_path):
         )
         assert row["recovery_samples"] >= form["recovery"]["window"]
         assert row["samples"] == 899
-    assert (contrast["steps"], fog["steps"]) == (30, 45), "unannounced: no reset between the parts"
+    assert (contrast["steps"], fog["steps"]) == (28, 42), "unannounced: no reset between the parts"
     assert form["clean_loss"] <= 0.01
     assert (form["method"], form["batch"], form["seed"]) == ("tent", 64, 0)
 
@@ -271,7 +271,7 @@ def test_the_live_view_draws_what_was_seen(client):
         "adapted",
         "agreement",
         "fog:5: 192 samples",
-        "steps 7",
+        "steps 6",
         "gap recovered",
     ):
         assert word in text

@@ -6,35 +6,27 @@ it refuses is never committed: there is nothing to undo.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
+import threading
+from collections import Counter, deque
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tta_edge.events import Event, Reason, Tell
+from tta_edge.monitor import Monitor
+from tta_edge.wire import StreamState
 from tta_runtime import theta as thetas
-from tta_runtime.errors import BatchTooSmall, NonFinite, WrongBatch
-from tta_runtime.model import Model, Step
-from tta_runtime.numerics import entropy
+from tta_runtime.errors import BatchTooSmall, EngineError, NonFinite, StaleBase, WrongBatch
+from tta_runtime.model import Checkpoint, Model, Step
 
-
-class Reason(str, Enum):
-    """Why a batch was not adapted on, or why a stream went back to the source."""
-
-    BATCH_SIZE = "batch-size"
-    """The method cannot adapt on a batch of this size; it was only answered."""
-    NON_FINITE_LOGITS = "non-finite-logits"
-    NON_FINITE_THETA = "non-finite-theta"
-    NON_FINITE_STATE = "non-finite-state"
-    BALL = "ball"
-    """The step would leave the ball around the source theta; the stream was reset."""
-    PERIODIC = "periodic"
-    """The backstop: so many steps since the last reset."""
-    REQUESTED = "requested"
-    """A client asked for a reset."""
+CHECKPOINTS = 2
+"""Good states of a stream that are kept to return to."""
+MAX_STRIKES = 3
+"""Collapses without `CALM_CHECKPOINTS` good checkpoints after them, until a stream is suspended."""
+CALM_CHECKPOINTS = 10
 
 
 @dataclass(frozen=True)
@@ -44,27 +36,14 @@ class Guards:
     Attributes:
         max_distance: radius of the ball around the source theta, as relative L2 distance.
         reset_every_steps: back to the source after so many steps; 0 turns the backstop off.
+        min_diversity: see monitor.py; 0 turns the collapse detector off.
+        checkpoint_steps: steps between two checkpoints.
     """
 
     max_distance: float
     reset_every_steps: int
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a guard did.
-
-    Attributes:
-        stream: id of the stream.
-        action: `skip` (answered, not adapted on), `refuse` (step not committed) or `reset`.
-        reason: the reason code.
-        detail: the values behind it, in words.
-    """
-
-    stream: str
-    action: str
-    reason: Reason
-    detail: str
+    min_diversity: float = 0.3
+    checkpoint_steps: int = 20
 
 
 @dataclass(frozen=True)
@@ -84,6 +63,16 @@ class Answer:
     adapted: bool
     reason: Reason | None
     report: dict[str, float]
+
+
+class Keeper:
+    """Where a stream's checkpoints go. This one keeps nothing; see saver.py for the one that writes files."""
+
+    def keep(self, stream: Stream, checkpoint: Checkpoint, notes: str) -> None:
+        """Save a checkpoint soon."""
+
+    def returned(self, stream: Stream, checkpoint: Checkpoint | None, notes: str) -> None:
+        """Make what is saved agree soon with a stream that went back to a checkpoint, or to the source."""
 
 
 def objection(step: Step, theta0: NDArray[np.float32], guards: Guards) -> tuple[Reason, str] | None:
@@ -121,32 +110,79 @@ def _ignore(_: Event) -> None:
     """The listener of a stream nobody listens to."""
 
 
-@dataclass
-class GuardedModel:
+class Stream:
     """One stream: a model with its own theta and state, and the guards around it.
 
-    Attributes:
-        stream: the stream's id.
+    `answer` and `serve` belong to the thread that answers requests, `step_on` to the thread that steps in the
+    background; what flips theta holds the lock.
+
+    Args:
+        name: the stream's id.
         model: nothing else may adapt it.
         guards: the settings.
-        on_event: told of everything a guard does.
+        bundle: name of the bundle that the model belongs to.
+        tell: told of everything a guard does.
+        keeper: takes checkpoints.
+
+    Attributes:
+        enabled: false when switched off by a client.
+        suspended: true when the guards gave up on it; it serves the source.
+        restored: `source`, or what it was restored from.
+        samples: answered since it was loaded.
         counts: reason code -> how often.
         last_event: `action: reason` of the newest event.
-        last_entropy: mean entropy of the newest answer, in nats.
+        checkpoints: good states, the newest last.
+        monitor: of its predictions.
     """
 
-    stream: str
-    model: Model
-    guards: Guards
-    on_event: Callable[[Event], None] = _ignore
-    counts: Counter[str] = field(default_factory=Counter)
-    last_event: str = ""
-    last_entropy: float | None = None
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        guards: Guards,
+        *,
+        bundle: str = "default",
+        tell: Tell = _ignore,
+        keeper: Keeper | None = None,
+    ) -> None:
+        self.name = name
+        self.bundle = bundle
+        self.model = model
+        self.guards = guards
+        self.enabled = True
+        self.suspended = False
+        self.restored = "source"
+        self.samples = 0
+        self.counts: Counter[str] = Counter()
+        self.last_event = ""
+        self.checkpoints: deque[Checkpoint] = deque(maxlen=CHECKPOINTS)
+        self.monitor = Monitor(model.manifest.classes, guards.min_diversity)
+        self._tell_all = tell
+        self._keeper = keeper or Keeper()
+        self._strikes = 0
+        self._calm = 0
+        self._closed = False
+        self._lock = threading.RLock()
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Bundle and name."""
+        return self.bundle, self.name
 
     @property
     def adapts(self) -> bool:
-        """Whether the method has a step at all."""
-        return self.model.spec.step is not None
+        """Whether this stream may adapt, as far as it is concerned."""
+        return self.model.spec.step is not None and self.enabled and not self.suspended
+
+    def state(self, switch: bool) -> StreamState:
+        """What the stream does, in the words of `status`; `switch` is the daemon's."""
+        if self.model.spec.step is None:
+            return "source"
+        if not (switch and self.enabled):
+            return "off"
+        return "frozen" if self.suspended else "adapting"
+
+    # ------------------------------------------------------------------------------------------ answering
 
     def answer(self, x: NDArray[Any], *, adapt: bool = True, compare: bool = False) -> Answer:
         """Predict one batch and, where allowed, adapt to it in the same pass.
@@ -161,20 +197,165 @@ class GuardedModel:
             EngineError: the engine failed; nothing has changed.
         """
         # First the frozen source: if its engine failed after a commit, an error would have changed theta.
-        source = self.model.predict(x, source=True).logits if compare else None
-        step, reason = self._step(x) if adapt and self.adapts else (None, None)
-        if step is None:
-            logits, returned = self._serve(x)
-            reason = returned or reason
-        else:
-            logits = step.logits
-        self.last_entropy = float(entropy(logits).mean())
-        return Answer(logits, source, step is not None, reason, dict(step.report) if step is not None else {})
+        source = self._source(x, compare)
+        with self._lock:
+            step, reason = self._step(x) if adapt and self.adapts else (None, None)
+            if step is None:
+                logits, returned = self._serve(x)
+                reason = returned or reason
+            else:
+                logits = step.logits
+            reason = self._observe(logits, source) or reason
+        report = dict(step.report) if step is not None else {}
+        return Answer(logits, source if compare else None, step is not None, reason, report)
+
+    def serve(self, x: NDArray[Any], *, compare: bool = False) -> Answer:
+        """Predict one batch with the serve graph; a step in the background is not waited for.
+
+        Raises:
+            InputError, EngineError: as `answer`.
+        """
+        source = self._source(x, compare)
+        logits, reason = self._serve(x)
+        with self._lock:
+            reason = self._observe(logits, source) or reason
+        return Answer(logits, source if compare else None, False, reason, {})
+
+    def step_on(self, x: NDArray[Any]) -> bool | None:
+        """One background step.
+
+        Args:
+            x: [batch, ...] of samples that were answered before.
+
+        Returns:
+            True if it was committed, False if it was refused, None if theta changed meanwhile.
+
+        Raises:
+            InputError: the method cannot step on such a batch.
+        """
+        try:
+            step = self.model.step(x)
+        except EngineError as error:
+            with self._lock:
+                self._tell("refuse", Reason.ENGINE, error.cause)
+            return False
+        with self._lock:
+            if self._closed or not self.adapts:
+                return None
+            try:
+                return self._settle(step) in (None, Reason.PERIODIC)
+            except StaleBase as error:
+                self._tell("refuse", Reason.STALE, error.cause)
+                return None
+
+    def close(self) -> None:
+        """From now on nothing is committed: the stream goes to disk, or to another bundle."""
+        with self._lock:
+            self._closed = True
+
+    def reopen(self) -> None:
+        """The stream stays after all."""
+        with self._lock:
+            self._closed = False
+
+    # ------------------------------------------------------------------------------------------ stepping back
 
     def reset(self, reason: Reason = Reason.REQUESTED, detail: str = "asked for by a client") -> None:
-        """Return theta and state to the source."""
+        """Return theta and state to the source, with nothing to roll back to, and adapt again."""
+        with self._lock:
+            self.suspended = False
+            self._strikes = self._calm = 0
+            self._to_source()
+            self._tell("reset", reason, detail)
+
+    def roll_back(self, reason: Reason = Reason.REQUESTED, detail: str = "asked for by a client") -> bool:
+        """Return theta and state together to the newest checkpoint; a further call to the one before.
+
+        Returns:
+            False where there was none, and the stream went back to the source.
+        """
+        with self._lock:
+            found = bool(self.checkpoints)
+            if found:
+                checkpoint = self.checkpoints.pop()
+                self.model.restore(checkpoint)
+                self.monitor.clear()
+                self._keeper.returned(self, checkpoint, self.notes())
+            else:
+                self._to_source()
+            self._tell("rollback", reason, f"{detail}; now at {self.model.steps} steps")
+            return found
+
+    def resume(self, checkpoint: Checkpoint, notes: str, *, before: Checkpoint | None, restored: str) -> None:
+        """Go on from what was saved.
+
+        Args:
+            checkpoint: of this stream.
+            notes: saved with it; those of another version are not taken.
+            before: an older checkpoint, to roll back to.
+            restored: where from.
+        """
+        with self._lock:
+            self.model.restore(checkpoint)
+            self.checkpoints.clear()
+            if before is not None:
+                self.checkpoints.append(before)
+            self.restored = restored
+            self._take_notes(notes)
+
+    def notes(self) -> str:
+        """What must survive beside theta and state, so that the guards decide as if nothing had been."""
+        with self._lock:
+            form = {
+                "enabled": self.enabled,
+                "suspended": self.suspended,
+                "strikes": self._strikes,
+                "calm": self._calm,
+                "counts": dict(self.counts),
+                "last_event": self.last_event,
+                "monitor": self.monitor.notes(),
+            }
+            return msgspec.json.encode(form).decode()
+
+    def _take_notes(self, notes: str) -> None:
+        try:
+            form = msgspec.json.decode(notes) if notes else {}
+            self.monitor.take_notes(form["monitor"])
+            self.enabled, self.suspended = bool(form["enabled"]), bool(form["suspended"])
+            self._strikes, self._calm = int(form["strikes"]), int(form["calm"])
+            self.counts = Counter({str(name): int(count) for name, count in form["counts"].items()})
+            self.last_event = str(form["last_event"])[:200]
+        except (msgspec.DecodeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            self.monitor.clear()  # the checksum was right: another version wrote them
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _source(self, x: NDArray[Any], compare: bool) -> NDArray[np.float32] | None:
+        if not compare and not (self.monitor.suspicious and self.model.steps):
+            return None
+        return self.model.predict(x, source=True).logits
+
+    def _observe(self, logits: NDArray[np.float32], source: NDArray[np.float32] | None) -> Reason | None:
+        self.samples += len(logits)
+        collapse = self.monitor.observe(logits, source)
+        if collapse is None or not self.model.steps:
+            return None
+        self._strikes += 1
+        self._calm = 0
+        self.roll_back(Reason.COLLAPSE, collapse)
+        if self._strikes >= MAX_STRIKES:
+            self.suspended = True
+            self._to_source()
+            self._tell("suspend", Reason.COLLAPSE, f"{self._strikes} collapses; reset it or switch it on")
+        return Reason.COLLAPSE
+
+    def _to_source(self) -> None:
         self.model.reset()
-        self._tell("reset", reason, detail)
+        self.checkpoints.clear()
+        self.monitor.clear()
+        # A stream that is as new leaves nothing behind; one that stays suspended must be found suspended again.
+        kept = self.model.checkpoint if self.suspended or not self.enabled else None
+        self._keeper.returned(self, kept, self.notes())
 
     def _step(self, x: NDArray[Any]) -> tuple[Step | None, Reason | None]:
         """A committed step, or why there is none."""
@@ -183,14 +364,31 @@ class GuardedModel:
         except (BatchTooSmall, WrongBatch) as error:
             self._tell("skip", Reason.BATCH_SIZE, error.cause)
             return None, Reason.BATCH_SIZE
+        refused = self._settle(step)
+        if refused is not None and refused is not Reason.PERIODIC:
+            return None, refused
+        return step, refused
+
+    def _settle(self, step: Step) -> Reason | None:
+        """Commit a step, or say why not; PERIODIC comes after a commit."""
         refused = objection(step, self.model.theta0, self.guards)
         if refused is not None:
-            return None, self._refuse(*refused)
+            return self._refuse(*refused)
         self.model.commit(step)
         if 0 < self.guards.reset_every_steps <= self.model.steps:
             self.reset(Reason.PERIODIC, f"{self.model.steps} steps since the last reset")
-            return step, Reason.PERIODIC
-        return step, None
+            return Reason.PERIODIC
+        if self.model.steps % self.guards.checkpoint_steps == 0 and not self.monitor.suspicious:
+            self._check_in()
+        return None
+
+    def _check_in(self) -> None:
+        """Remember the present as good."""
+        self._calm += 1
+        if self._calm >= CALM_CHECKPOINTS:
+            self._strikes = 0
+        self.checkpoints.append(self.model.checkpoint)
+        self._keeper.keep(self, self.model.checkpoint, self.notes())
 
     def _refuse(self, reason: Reason, detail: str) -> Reason:
         self._tell("refuse", reason, detail)
@@ -217,4 +415,4 @@ class GuardedModel:
     def _tell(self, action: str, reason: Reason, detail: str) -> None:
         self.counts[reason.value] += 1
         self.last_event = f"{action}: {reason.value}"
-        self.on_event(Event(self.stream, action, reason, detail))
+        self._tell_all(Event(self.bundle, self.name, action, reason.value, detail))

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from tta_edge.wire import NAME_PATTERN
 from tta_runtime.errors import BadValue, UnknownKey, did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -26,8 +27,22 @@ else:
 ENV_PREFIX = "TTA_"
 ENV_SET = "TTA_SET"
 ENV_CONFIG = "TTA_CONFIG"
+ENV_BUNDLES = "TTA_BUNDLES"
+DEFAULT_BUNDLE = "default"
+HTTP_OFF = "off"
 
 Hyper = dict[str, float | dict[str, float]]
+BundleName = Annotated[str, Meta(pattern=NAME_PATTERN)]
+_GIVEN = {"bundle": "argument BUNDLE", "bundles": "flag --bundle"}  # others are flags of their own name
+
+
+class BundleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One more bundle of the daemon."""
+
+    path: str
+    """Directory of the bundle."""
+    method: str | None = None
+    """How theta changes; without it the bundle's default."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,15 +53,41 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allow_remote: bool = False
     """Allow a bind that other machines can reach. Clients are not authenticated."""
     bundle: str | None = None
-    """Directory of the bundle; without it the built-in one."""
+    """Directory of the first bundle, named `default`; without it and without `bundles` the built-in one."""
+    bundles: dict[BundleName, BundleConfig] = msgspec.field(default_factory=dict)
+    """More bundles by name."""
     method: str | None = None
-    """How theta changes; without it the bundle's default."""
+    """How theta changes; without it the bundle's default. Of the first bundle."""
     hyper: Hyper = msgspec.field(default_factory=dict)
     """Hyper-parameters of the method served (`lr`), or of one method by name (a table)."""
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    """Threads of the engine; without it the engine's own choice."""
+    """Threads of all engines together; without it one for each core. Background policies split them."""
+    step_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    """Threads of the steps; without it half of `threads`, or all of them with policy `inline`."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     """Of the random numbers that a method uses; a run with the same seed and data repeats bit for bit."""
+    adapt: bool = True
+    """Whether streams adapt at all; `false` serves what is there. `tta-edge adapt` switches while running."""
+    policy: Literal["inline", "always", "every", "budget"] = "inline"
+    """When a step runs. `inline`: a large enough request is predicted and adapted on in one pass. `always`,
+    `every`, `budget`: requests are answered at once and samples collected; a step runs in the background for
+    each `step_batch` samples, for each `every_samples`, or within a share of the time."""
+    inline_min_batch: Annotated[int, Meta(ge=1)] = 16
+    """Policy `inline`: smaller requests are answered and their samples collected, as with `always`."""
+    step_batch: Annotated[int, Meta(ge=1, le=65_536)] = 64
+    """Samples of one background step."""
+    every_samples: Annotated[int, Meta(ge=1)] = 256
+    """Policy `every`: samples of a stream between two of its steps."""
+    budget: Annotated[float, Meta(gt=0, le=1)] = 0.25
+    """Policy `budget`: share of the time that background steps may take, over all streams."""
+    window: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
+    """Most samples that wait for a step, for each stream; beyond it the oldest are dropped."""
+    max_window_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
+    """Most bytes that wait for steps, over all streams; beyond it new samples are not collected."""
+    batch_max: Annotated[int, Meta(ge=1)] = 64
+    """Most samples of requests answered in one run of the engine; 1 answers each request by itself."""
+    batch_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    """How long a request may wait for others to share a run; 0 merges only what waits anyway."""
     max_batch: Annotated[int, Meta(ge=1)] = 1024
     """Most samples in one request."""
     max_request_bytes: Annotated[int, Meta(ge=1024, le=2**31)] = 64 * 1024 * 1024
@@ -55,13 +96,29 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Most requests waiting; one more is answered `busy`."""
     max_queue_bytes: Annotated[int, Meta(ge=1024)] = 256 * 1024 * 1024
     """Most tensor bytes waiting; a request beyond them is answered `busy`, unless nothing else waits."""
+    max_client_requests: Annotated[int, Meta(ge=1, le=65_536)] = 16
+    """Most requests of one client waiting; one more is answered `busy`."""
     max_streams: Annotated[int, Meta(ge=1, le=65_536)] = 64
-    """Most streams held in memory."""
+    """Most streams held in memory. With a state directory the least recently used one goes to disk, without
+    one a further stream is refused."""
+    max_stored_streams: Annotated[int, Meta(ge=1)] = 4096
+    """Most streams on disk; beyond it the least recently used one is forgotten."""
+    state_dir: str | None = None
+    """Directory in which streams, the kill switch and events survive a restart; without it nothing does."""
+    checkpoint_steps: Annotated[int, Meta(ge=1)] = 20
+    """Steps between two checkpoints of a stream: what a rollback returns to, and what is on disk."""
+    max_event_bytes: Annotated[int, Meta(ge=4096)] = 1024 * 1024
+    """Size at which the event log of the state directory is rotated; one older file is kept."""
     max_distance: Annotated[float, Meta(gt=0)] = 1.0
     """Radius of the ball around the source theta, as relative L2 distance. BatchNorm networks move by 0.1 to
     0.4 under the strongest common corruptions, most of it in their statistics."""
     reset_every_steps: Annotated[int, Meta(ge=0)] = 1000
     """Return to the source after so many steps, as a backstop; 0 never does."""
+    min_diversity: Annotated[float, Meta(ge=0, le=1)] = 0.3
+    """Collapse is suspected where the entropy of the mean prediction falls below this fraction of ln C, and
+    established where the frozen source's is clearly higher on the same samples; 0 turns the guard off."""
+    http: str = "127.0.0.1:5556"
+    """Where /metrics, /livez and /readyz answer: HOST:PORT; port 0 takes a free one; `off` for none."""
     drain_s: Annotated[float, Meta(ge=0, le=3600)] = 5.0
     """How long open requests may take to finish when the daemon is told to stop."""
     ready_file: str | None = None
@@ -166,7 +223,7 @@ def resolve(
     _put_environment(layers, environment)
     for key, value in (flags or {}).items():
         if value is not None:
-            layers.put(key, value, f"flag --{key.replace('_', '-')}", strict=True)
+            layers.put(key, value, _GIVEN.get(key, f"flag --{key.replace('_', '-')}"), strict=True)
     layers.put_hyper(parse_settings(settings, "flag --set"), "flag --set")
     return Resolved(Config(**layers.values, hyper=layers.hyper), layers.origin)
 
@@ -194,6 +251,23 @@ def parse_settings(settings: Iterable[str], origin: str) -> Hyper:
     return result
 
 
+def parse_bundles(given: Iterable[str], origin: str) -> dict[str, dict[str, str]]:
+    """Bundles by name from `NAME=DIRECTORY`, in the form the file has them.
+
+    Raises:
+        BadValue: anything of another form, or a name given twice.
+    """
+    result: dict[str, dict[str, str]] = {}
+    for text in given:
+        name, equals, path = (part.strip() for part in text.partition("="))
+        if not equals or not name or not path or name in result:
+            raise BadValue(
+                f"{origin}: {text!r} does not name one more bundle", "Write NAME=DIRECTORY, each name once"
+            )
+        result[name] = {"path": path}
+    return result
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -213,8 +287,15 @@ def _put_file(layers: _Layers, file: Path) -> None:
             layers.put_hyper(_checked(key, value, origin, strict=True), origin)
         else:
             layers.put(key, value, origin, strict=True)
-    if "bundle" in table:  # a path in a file means the same wherever the daemon is started
-        layers.values["bundle"] = str(file.parent / layers.values["bundle"])
+    # A path in a file means the same wherever the daemon is started.
+    for key in ("bundle", "state_dir"):
+        if layers.values.get(key) is not None and key in table:
+            layers.values[key] = str(file.parent / layers.values[key])
+    if "bundles" in table:
+        layers.values["bundles"] = {
+            name: msgspec.structs.replace(bundle, path=str(file.parent / bundle.path))
+            for name, bundle in layers.values["bundles"].items()
+        }
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -229,13 +310,19 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _put_environment(layers: _Layers, environment: Mapping[str, str]) -> None:
-    names = {ENV_PREFIX + key.upper(): key for key in KEYS if key != "hyper"}
+    names = {ENV_PREFIX + key.upper(): key for key in KEYS if key not in ("hyper", "bundles")}
     for name in sorted(environment):
         if name in names:
             layers.put(names[name], environment[name], f"environment {name}", strict=False)
+        elif name == ENV_BUNDLES:
+            given = [part for part in environment[name].split(",") if part.strip()]
+            layers.put(
+                "bundles", parse_bundles(given, f"environment {name}"), f"environment {name}", strict=True
+            )
         elif name.startswith(ENV_PREFIX) and name not in (ENV_SET, ENV_CONFIG):
             # Others may use the prefix for their own purposes; only what looks like a slip is refused.
-            meant = difflib.get_close_matches(name, [*names, ENV_SET, ENV_CONFIG], n=1, cutoff=0.85)
+            ours = [*names, ENV_SET, ENV_CONFIG, ENV_BUNDLES]
+            meant = difflib.get_close_matches(name, ours, n=1, cutoff=0.85)
             if meant:
                 raise UnknownKey(
                     f"unknown environment variable `{name}`, did you mean `{meant[0]}`?",

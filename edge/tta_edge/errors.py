@@ -93,10 +93,22 @@ class UnknownStream(ServiceError):
     code = "unknown-stream"
 
 
+class UnknownBundle(ServiceError):
+    """A message names a bundle that this daemon does not serve."""
+
+    code = "unknown-bundle"
+
+
 class TooManyStreams(ServiceError):
-    """One more stream would exceed `max_streams`."""
+    """One more stream would exceed `max_streams`, and none can go to disk."""
 
     code = "too-many-streams"
+
+
+class ReloadUnderWay(ServiceError):
+    """Another reload of the same bundle has not finished."""
+
+    code = "reload-under-way"
 
 
 class Internal(ServiceError):
@@ -129,6 +141,18 @@ class AddressInUse(StartError):
     code = "address-in-use"
 
 
+class StateDirUnusable(StartError):
+    """The state directory cannot be made, read or written."""
+
+    code = "state-dir-unusable"
+
+
+class StateDirInUse(StartError):
+    """Another daemon uses the state directory."""
+
+    code = "state-dir-in-use"
+
+
 class CannotBind(StartError):
     """The operating system refuses the address."""
 
@@ -151,6 +175,18 @@ class DeadlineExceeded(ClientError):
     """The daemon was reached but did not answer in time."""
 
     code = "deadline-exceeded"
+
+
+class ConnectionLost(ClientError):
+    """The connection broke while a request was open: nobody knows whether it was carried out."""
+
+    code = "connection-lost"
+
+
+class ClientClosed(ClientError):
+    """The client was closed before the call, or while it was under way."""
+
+    code = "client-closed"
 
 
 class RemoteError(ClientError):

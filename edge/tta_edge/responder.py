@@ -1,27 +1,53 @@
-"""Typed requests to typed replies: the daemon without its network. Each stream is a guarded model."""
+"""Typed requests to typed replies: the daemon without its network.
+
+One thread answers. Steps in the background, writing to disk and loading a bundle have threads of their own; what
+they change here, they change through that one thread or under a stream's lock.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tta_edge.adapt import Event, GuardedModel, Guards
-from tta_edge.config import Config
-from tta_edge.errors import Internal, TooManyStreams, UnknownStream
+import numpy as np
+from numpy.typing import NDArray
+
+from tta_edge.adapt import Answer, Guards, Keeper, Stream
+from tta_edge.batching import Call, Mergeable
+from tta_edge.config import BundleConfig, Config
+from tta_edge.errors import Internal, ReloadUnderWay, UnknownBundle
+from tta_edge.events import Event, EventLog, Reason
+from tta_edge.hosting import Host, load, load_all, wanted
+from tta_edge.policy import Policy
+from tta_edge.registry import Registry
+from tta_edge.saver import Saver
 from tta_edge.session import Arrived, error_reply
-from tta_edge.stats import Stats
+from tta_edge.stats import Figures, Stats
+from tta_edge.stepper import Stepper
+from tta_edge.store import StateStore
 from tta_edge.wire import (
+    Adapt,
+    AdaptDone,
+    BundleStatus,
+    Events,
+    EventsReply,
     Info,
     InfoReply,
     InputInfo,
     Predict,
     Prediction,
+    Reload,
+    ReloadDone,
     Reply,
     Requests,
     Reset,
     ResetDone,
+    Rollback,
+    RollbackDone,
     ServerLimits,
     StatusReply,
     StreamStatus,
@@ -29,118 +55,305 @@ from tta_edge.wire import (
     declare,
     tag,
 )
-from tta_runtime import Limits, __version__
-from tta_runtime.bundle import Bundle
-from tta_runtime.engine import EngineOptions
-from tta_runtime.errors import TtaError, UnknownMethod, did_you_mean
-from tta_runtime.model import Engines, Model
+from tta_runtime import __version__
+from tta_runtime.atomic import DISK, Disk
+from tta_runtime.errors import TtaError, did_you_mean
+from tta_runtime.memory import resident_bytes, return_free_memory
 
 log = logging.getLogger(__name__)
 
 DEFAULT_STREAM = "default"
+CLOSE_S = 5.0  # for a background step that is under way when the daemon ends
+
+Emit = Callable[[Arrived, Reply, Tensors], None]
+"""Takes the reply to an open request, and its tensors."""
 
 
 class Responder:
-    """Answers the requests of one daemon, one after the other. Used by one thread.
+    """Answers the requests of one daemon. `respond`, `call`s and `close` are for one thread.
 
     Args:
-        engines: loaded graphs, shared by all streams.
-        config: of the daemon; its method is settled.
+        config: of the daemon.
         stats: shared with whoever reads them.
+        emit: takes the replies.
+        call: has something done by the answering thread between two requests.
         clock: seconds, the same one that stamps arrivals.
+        disk: what writes to the state directory.
 
     Raises:
-        MethodError: the bundle has no such method or hyper-parameter.
+        BundleError, MethodError, EngineError: a bundle cannot be served.
+        StateDirUnusable, StateDirInUse: of the state directory.
     """
 
     def __init__(
-        self, engines: Engines, config: Config, stats: Stats, clock: Callable[[], float] = time.monotonic
+        self,
+        config: Config,
+        stats: Stats,
+        *,
+        emit: Emit,
+        call: Callable[[Call], None],
+        clock: Callable[[], float] = time.monotonic,
+        disk: Disk = DISK,
     ) -> None:
-        self._engines = engines
         self._config = config
         self._stats = stats
+        self._emit = emit
+        self._call = call
         self._clock = clock
         self._began_s = clock()
-        self._guards = Guards(max_distance=config.max_distance, reset_every_steps=config.reset_every_steps)
-        # Made at once, so that a wrong hyper-parameter stops the daemon and not its first client.
-        self._streams: dict[str, GuardedModel] = {}
-        self._streams[DEFAULT_STREAM] = self._new_stream(DEFAULT_STREAM)
+        self._guards = Guards(
+            max_distance=config.max_distance,
+            reset_every_steps=config.reset_every_steps,
+            min_diversity=config.min_diversity,
+            checkpoint_steps=config.checkpoint_steps,
+        )
+        self._policy = Policy(
+            config.policy,
+            step_batch=config.step_batch,
+            every_samples=config.every_samples,
+            budget=config.budget,
+            inline_min_batch=config.inline_min_batch,
+            window=config.window,
+        )
+        self._saver: Saver | None = None
+        self._store: StateStore | None = None
+        self.events = EventLog(stats, self._keep_line)
+        self._hosts = load_all(config)
+        self._default = next(iter(self._hosts))
+        if config.state_dir is not None:
+            self._store = StateStore(
+                Path(config.state_dir),
+                self.events.add,
+                max_streams=config.max_stored_streams,
+                max_event_bytes=config.max_event_bytes,
+                disk=disk,
+            )
+            self._saver = Saver(self._store)
+        self._adapting = config.adapt and (self._store is None or self._store.switch())
+        self._stepper = Stepper(
+            self._policy,
+            max_bytes=config.max_window_bytes,
+            adapting=lambda: self._adapting,
+            stats=stats,
+            clock=clock,
+        )
+        self._registry = Registry(
+            self._new_stream,
+            max_streams=config.max_streams,
+            tell=self.events.add,
+            store=self._store,
+            saver=self._saver,
+            left=self._stepper.drop,
+        )
+        self._reloading: set[str] = set()
+        self._registry.restore_all(self._hosts)
+        if not self._registry.all():
+            self._registry.admit(self._registry.get(self._hosts[self._default], DEFAULT_STREAM))
+        self._stepper.start()
 
-    def respond(self, arrived: Arrived) -> tuple[Reply, Tensors]:
-        """The reply to a request and its tensors. Whatever goes wrong becomes an error reply."""
+    # ------------------------------------------------------------------------------------------ answering
+
+    def merge(self, arrived: Arrived) -> Mergeable | None:
+        """Whether a request may share a run with others (see batching.py); for any thread."""
+        message, x = arrived.message, arrived.tensors.get("x")
+        if not isinstance(message, Predict) or x is None or not x.ndim or not len(x):
+            return None
+        if message.adapt and self._policy.inline(len(x)):
+            return None
+        key = (message.bundle, message.stream, message.adapt, message.compare, x.dtype.str, x.shape[1:])
+        return Mergeable(key, len(x))
+
+    def respond(self, group: list[Arrived]) -> None:
+        """Answer requests that share a run, or a single one. Whatever goes wrong becomes an error reply."""
+        first = group[0].message
+        if len(group) > 1 and isinstance(first, Predict) and self._together(first, group):
+            return
+        for arrived in group:
+            self._alone(arrived)
+
+    def _alone(self, arrived: Arrived) -> None:
         message = arrived.message
         try:
-            reply, tensors = self._answer(arrived)
+            if isinstance(message, Predict):
+                self._predict(message, [arrived])
+            elif isinstance(message, Reload):
+                self._begin_reload(message.bundle, arrived)
+            else:
+                self._finish(arrived, self._command(message), {})
         except TtaError as error:
-            return self._refused(message.id, error)
+            self._refuse(arrived, error)
         except Exception as error:
             log.exception("a defect while answering `%s`", tag(message))
-            return self._refused(
-                message.id,
-                Internal(f"the daemon failed with {type(error).__name__}", "Report it with the daemon's log"),
-            )
-        measured = isinstance(message, Predict)
-        self._stats.answered(tag(message), (self._clock() - arrived.at_s) * 1e3 if measured else None)
-        return reply, tensors
+            cause = f"the daemon failed with {type(error).__name__}"
+            self._refuse(arrived, Internal(cause, "Report it with the daemon's log"))
 
-    def _refused(self, request_id: int, error: TtaError) -> tuple[Reply, Tensors]:
-        self._stats.refused(error.code)
-        return error_reply(error, request_id), {}
+    def _together(self, message: Predict, group: list[Arrived]) -> bool:
+        """Answer predictions in one run; false where they must be answered one by one after all."""
+        try:
+            self._predict(message, group)
+        except Exception:
+            # One of them may be at fault: alone, each gets the error that is its own.
+            log.debug("%d requests could not share a run", len(group), exc_info=True)
+            return False
+        return True
 
-    def _answer(self, arrived: Arrived) -> tuple[Reply, Tensors]:
-        message = arrived.message
-        if isinstance(message, Predict):
-            return self._predict(message, arrived.tensors)
-        if isinstance(message, Reset):
-            return self._reset(message), {}
-        if isinstance(message, Info):
-            return self._info(message.id), {}
-        return self._status(message.id), {}
-
-    def _predict(self, message: Predict, tensors: Tensors) -> tuple[Prediction, Tensors]:
+    def _predict(self, message: Predict, group: list[Arrived]) -> None:
+        """Answer predictions of one stream in one run; `message` is the first one's."""
         began_s = self._clock()
-        stream = self._streams.get(message.stream) or self._new_stream(message.stream)
-        answer = stream.answer(tensors["x"], adapt=message.adapt, compare=message.compare)
-        self._streams[message.stream] = stream  # only now: a refused first request leaves no stream behind
-        outputs = {"logits": answer.logits}
-        if answer.source_logits is not None:
-            outputs["source_logits"] = answer.source_logits
-        model = stream.model
-        reply = Prediction(
-            id=message.id,
-            adapted=answer.adapted,
-            reason="" if answer.reason is None else answer.reason.value,
-            steps=model.steps,
-            distance=model.distance,
-            theta_digest=model.digest,
-            report=answer.report,
-            compute_ms=(self._clock() - began_s) * 1e3,
-            logits=declare(answer.logits),
-            source_logits=None if answer.source_logits is None else declare(answer.source_logits),
-        )
-        return reply, outputs
-
-    def _reset(self, message: Reset) -> ResetDone:
-        stream = self._streams.get(message.stream)
-        if stream is None:
-            raise UnknownStream(
-                f"there is no stream `{message.stream}`{did_you_mean(message.stream, self._streams)}",
-                "Streams begin with their first `predict`",
+        host = self._host(message.bundle)
+        stream = self._registry.get(host, message.stream)
+        batches = [stream.model.check_input(arrived.tensors["x"]) for arrived in group]
+        x = batches[0] if len(group) == 1 else np.concatenate(batches)
+        adapt = message.adapt and self._adapting
+        spec = stream.model.spec
+        fits = spec.batch in (None, len(x)) and len(x) >= spec.min_batch
+        inline = len(group) == 1 and fits and self._policy.inline(len(x))
+        if adapt and inline:
+            answer = stream.answer(x, adapt=True, compare=message.compare)
+            if answer.adapted or (stream.adapts and answer.reason is not Reason.BATCH_SIZE):
+                result = "committed" if answer.adapted else "refused"
+                self._stats.stepped(host.name, result, self._clock() - began_s)
+        else:
+            answer = stream.serve(x, compare=message.compare)
+        self._registry.admit(stream)  # only now: a refused first request leaves no stream behind
+        collected = adapt and not inline and stream.adapts and self._stepper.offer(stream, x)
+        self._stats.ran(host.name)
+        compute_s = self._clock() - began_s
+        ends = np.cumsum([len(batch) for batch in batches]).tolist()
+        replies = [
+            _prediction(arrived, stream, answer, slice(end - len(batch), end), collected, compute_s)
+            for arrived, batch, end in zip(group, batches, ends, strict=True)
+        ]
+        # From here nothing fails: either all of them are answered here, or none is.
+        for arrived, batch, (reply, tensors) in zip(group, batches, replies, strict=True):
+            waited_s, total_s = began_s - arrived.at_s, self._clock() - arrived.at_s
+            self._stats.predicted(
+                host.name, len(batch), queue_s=waited_s, compute_s=compute_s, total_s=total_s
             )
-        stream.reset()
-        return ResetDone(id=message.id, stream=message.stream, theta_digest=stream.model.digest)
+            self._finish(arrived, reply, tensors)
 
-    def _info(self, request_id: int) -> InfoReply:
-        model = self._streams[DEFAULT_STREAM].model
-        manifest, spec = model.manifest, model.spec
+    def _command(self, message: Any) -> Reply:
+        if isinstance(message, Reset):
+            stream = self._registry.find(self._host(message.bundle), message.stream)
+            self._stepper.drop(stream)
+            stream.reset()
+            self._settle(stream)
+            return ResetDone(id=message.id, stream=stream.name, theta_digest=stream.model.digest)
+        if isinstance(message, Rollback):
+            stream = self._registry.find(self._host(message.bundle), message.stream)
+            self._stepper.drop(stream)
+            found = stream.roll_back()
+            self._settle(stream)
+            model = stream.model
+            return RollbackDone(
+                id=message.id,
+                stream=stream.name,
+                theta_digest=model.digest,
+                steps=model.steps,
+                to="checkpoint" if found else "source",
+            )
+        if isinstance(message, Adapt):
+            return self._switch(message)
+        if isinstance(message, Events):
+            return EventsReply(id=message.id, events=self.events.newest(message.limit))
+        if isinstance(message, Info):
+            return self._info(message)
+        return self.status(message.id)
+
+    def _switch(self, message: Adapt) -> AdaptDone:
+        word = "on" if message.on else "off"
+        if not message.stream:
+            self._adapting = message.on
+            durable = self._saver is not None and self._saver.save_switch(message.on)
+            self.events.add(Event("", "", "switch", Reason.REQUESTED.value, f"adaptation is {word}"))
+            return AdaptDone(id=message.id, on=message.on, stream="", durable=durable)
+        stream = self._registry.find(self._host(message.bundle), message.stream)
+        stream.enabled = message.on
+        if message.on:
+            stream.suspended = False
+        else:
+            self._stepper.drop(stream)
+        if self._saver is not None:
+            self._saver.keep(stream, stream.model.checkpoint, stream.notes())
+        self.events.add(Event(*stream.key, "switch", Reason.REQUESTED.value, f"adaptation is {word}"))
+        return AdaptDone(id=message.id, on=message.on, stream=stream.name, durable=self._settle(stream))
+
+    def _settle(self, stream: Stream) -> bool:
+        """Write what an operator asked for before it is confirmed; gives whether it will survive."""
+        return self._saver is not None and self._saver.settle(stream)
+
+    # ------------------------------------------------------------------------------------------ reloading
+
+    def reload_all(self) -> None:
+        """Read every bundle again, as on SIGHUP; how it ends is told by events."""
+        for name in list(self._hosts):
+            if name not in self._reloading:
+                self._begin_reload(name, None)
+
+    def _begin_reload(self, name: str, arrived: Arrived | None) -> None:
+        old = self._host(name)
+        if old.name in self._reloading:
+            raise ReloadUnderWay(f"bundle `{old.name}` is being reloaded already", "Wait for it to finish")
+        self._reloading.add(old.name)
+        bundle = wanted(self._config)[old.name]
+        threading.Thread(
+            target=self._load, args=(old, bundle, arrived), name="tta-loader", daemon=True
+        ).start()
+
+    def _load(self, old: Host, bundle: BundleConfig, arrived: Arrived | None) -> None:
+        """In the loader's thread: load, then hand the result to the answering thread."""
+        try:
+            new = load(old.name, bundle, self._config, loads=old.loads + 1)
+        except TtaError as error:
+            refused = error
+            self._call(lambda: self._reload_failed(old, refused, arrived))
+        except Exception as error:
+            log.exception("a defect while loading bundle %s", old.name)
+            internal = Internal(f"loading failed with {type(error).__name__}", "Report it with the log")
+            self._call(lambda: self._reload_failed(old, internal, arrived))
+        else:
+            self._call(lambda: self._swap(old, new, arrived))
+
+    def _reload_failed(self, old: Host, error: TtaError, arrived: Arrived | None) -> None:
+        self._reloading.discard(old.name)
+        self.events.add(Event(old.name, "", "reload", Reason.BUNDLE_REFUSED.value, str(error)))
+        if arrived is not None:
+            self._refuse(arrived, error)
+
+    def _swap(self, old: Host, new: Host, arrived: Arrived | None) -> None:
+        self._reloading.discard(old.name)
+        before, now = old.engines.bundle.digest, new.engines.bundle.digest
+        self._hosts[new.name] = new
+        kept, restarted = self._registry.swap(new)
+        detail = f"bundle {now[:12]} after {before[:12]}; {kept} streams go on, {restarted} start anew"
+        self.events.add(Event(new.name, "", "reload", Reason.REQUESTED.value, detail))
+        if arrived is not None:
+            reply = ReloadDone(
+                id=arrived.message.id,
+                bundle=new.name,
+                bundle_digest=now,
+                changed=before != now,
+                kept_streams=kept,
+                restarted_streams=restarted,
+            )
+            self._finish(arrived, reply, {})
+        self._call(return_free_memory)  # when nothing holds the old engines any more
+
+    # ------------------------------------------------------------------------------------------ looking in
+
+    def _info(self, message: Info) -> InfoReply:
+        host = self._host(message.bundle)
+        manifest = host.engines.bundle.manifest
+        spec = manifest.methods[host.method]
         return InfoReply(
-            id=request_id,
+            id=message.id,
             version=__version__,
+            bundle=host.name,
             model_id=manifest.model_id,
-            bundle_digest=self._engines.bundle.digest,
-            method=model.method,
+            bundle_digest=host.engines.bundle.digest,
+            method=host.method,
             methods=sorted(manifest.methods),
-            hyper=model.hyper,
+            hyper={h.name: host.hyper.get(h.name, h.default) for h in spec.hyper},
             input=InputInfo(
                 dtype=manifest.input.dtype,
                 shape=list(manifest.input.shape),
@@ -157,90 +370,127 @@ class Responder:
             ),
         )
 
-    def _status(self, request_id: int) -> StatusReply:
+    def status(
+        self, request_id: int = 0, figures: Figures | None = None, open_requests: int = 0
+    ) -> StatusReply:
+        """How the daemon is doing; for any thread."""
+        figures = figures or self._stats.figures()
         return StatusReply(
             id=request_id,
             version=__version__,
             uptime_s=self._clock() - self._began_s,
-            bundles=[self._engines.bundle.manifest.model_id],
-            streams=[_stream_status(stream) for stream in self._streams.values()],
-            requests=Requests(ok=self._stats.ok, failed=self._stats.failed, failures=self._stats.failures()),
-            latency_ms=self._stats.latency(),
+            adapt=self._adapting,
+            policy=self._config.policy,
+            bundles=[_bundle_status(host) for host in list(self._hosts.values())],
+            streams=[self._stream_status(stream) for stream in self._registry.all()],
+            stored_streams=self._registry.stored(),
+            state_dir=self._config.state_dir or "",
+            requests=Requests(
+                ok=figures.ok, failed=figures.failed, open=open_requests, failures=dict(figures.refused)
+            ),
+            latency_ms=figures.latency(),
+            rss_bytes=resident_bytes(),
+            disk_error="" if self._saver is None else self._saver.error,
         )
 
-    def _new_stream(self, name: str) -> GuardedModel:
-        config = self._config
-        if len(self._streams) >= config.max_streams:
-            raise TooManyStreams(
-                f"{len(self._streams)} streams are held, max_streams is {config.max_streams}",
-                "Use one of them, or raise `max_streams`",
+    def _stream_status(self, stream: Stream) -> StreamStatus:
+        model, monitor = stream.model, stream.monitor
+        return StreamStatus(
+            id=stream.name,
+            bundle=stream.bundle,
+            method=model.method,
+            steps=model.steps,
+            theta_digest=model.digest,
+            distance=model.distance,
+            state=stream.state(self._adapting),
+            restored=stream.restored,
+            samples=stream.samples,
+            window=self._stepper.waiting(stream),
+            checkpoints=len(stream.checkpoints),
+            entropy=monitor.entropy,
+            diversity=monitor.diversity,
+            agreement=monitor.agreement,
+            last_event=stream.last_event,
+            events=dict(stream.counts),
+        )
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Finish a step that is under way, save every stream, let the state directory go."""
+        self._stepper.close(CLOSE_S)
+        self._registry.save_all()
+        if self._saver is not None:
+            self._saver.close()
+        if self._store is not None:
+            self._store.close()
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _host(self, name: str) -> Host:
+        host = self._hosts.get(name or self._default)
+        if host is None:
+            raise UnknownBundle(
+                f"there is no bundle `{name}`{did_you_mean(name, self._hosts)}", "Name one that is served"
             )
-        method = self._engines.methods[0]
-        limits = Limits(max_batch=config.max_batch, max_bytes=config.max_request_bytes)
-        model = Model(self._engines, method, hyper=config.hyper_of(method), seed=config.seed, limits=limits)
-        return GuardedModel(name, model, self._guards, on_event=_log_event)
+        return host
+
+    def _new_stream(self, host: Host, name: str) -> Stream:
+        return Stream(
+            name,
+            host.model(self._config),
+            self._guards,
+            bundle=host.name,
+            tell=self.events.add,
+            keeper=self._saver or Keeper(),
+        )
+
+    def _keep_line(self, line: bytes) -> None:
+        if self._saver is not None:
+            self._saver.line(line)
+
+    def _finish(self, arrived: Arrived, reply: Reply, tensors: Tensors) -> None:
+        self._stats.answered(tag(arrived.message))
+        self._emit(arrived, reply, tensors)
+
+    def _refuse(self, arrived: Arrived, error: TtaError) -> None:
+        self._stats.refused(error.code)
+        self._emit(arrived, error_reply(error, arrived.message.id), {})
 
 
-def load(config: Config, *, stats: Stats, clock: Callable[[], float]) -> Responder:
-    """Open the bundle, load what its method needs and stand ready to answer.
-
-    Raises:
-        BundleError: the bundle is refused.
-        MethodError: it has no such method or hyper-parameter.
-        EngineError: this machine cannot run its graphs.
-    """
-    bundle = Bundle.open(_bundle_path(config))
-    known = bundle.manifest.methods
-    for name in config.hyper_methods():
-        if name not in known:
-            raise UnknownMethod(
-                f"hyper-parameters are set for unknown method `{name}`{did_you_mean(name, known)}",
-                "Correct the name, or leave the setting out",
-            )
-    method = config.method or bundle.manifest.default_method
-    engines = Engines.load(bundle, methods=[method], options=EngineOptions(threads=config.threads))
-    log.info(
-        "serving `%s` with method `%s` on %s, bundle %s",
-        bundle.manifest.model_id,
-        method,
-        ", ".join(sorted(set(engines.providers.values()))),
-        bundle.digest[:12],
-    )
-    return Responder(engines, config, stats, clock)
-
-
-def _bundle_path(config: Config) -> Path:
-    if config.bundle is not None:
-        return Path(config.bundle)
-    from tta_edge.builtin import builtin_bundle
-
-    return builtin_bundle()
-
-
-def _stream_status(stream: GuardedModel) -> StreamStatus:
+def _prediction(
+    arrived: Arrived, stream: Stream, answer: Answer, part: slice, collected: bool, compute_s: float
+) -> tuple[Prediction, Tensors]:
+    """The reply to one request, of an answer that may have been for several."""
+    logits = answer.logits[part]
+    source = None if answer.source_logits is None else answer.source_logits[part]
+    outputs: dict[str, NDArray[Any]] = {"logits": logits}
+    if source is not None:
+        outputs["source_logits"] = source
     model = stream.model
-    return StreamStatus(
-        id=stream.stream,
-        method=model.method,
+    reply = Prediction(
+        id=arrived.message.id,
+        adapted=answer.adapted,
+        collected=collected,
+        reason="" if answer.reason is None else answer.reason.value,
         steps=model.steps,
-        theta_digest=model.digest,
         distance=model.distance,
-        state="adapting" if stream.adapts else "source",
-        entropy=stream.last_entropy,
-        last_event=stream.last_event,
-        events=dict(stream.counts),
+        theta_digest=model.digest,
+        report=answer.report,
+        compute_ms=compute_s * 1e3,
+        logits=declare(logits),
+        source_logits=None if source is None else declare(source),
     )
+    return reply, outputs
 
 
-def _log_event(event: Event) -> None:
-    level = logging.INFO if event.action == "skip" else logging.WARNING
-    fields = {"stream": event.stream, "action": event.action, "reason": event.reason.value}
-    log.log(
-        level,
-        "stream %s: %s (%s): %s",
-        event.stream,
-        event.action,
-        event.reason.value,
-        event.detail,
-        extra={"event": fields},
+def _bundle_status(host: Host) -> BundleStatus:
+    bundle = host.engines.bundle
+    return BundleStatus(
+        name=host.name,
+        model_id=bundle.manifest.model_id,
+        digest=bundle.digest,
+        method=host.method,
+        provider=", ".join(sorted(set(host.engines.providers.values()))),
+        loads=host.loads,
     )

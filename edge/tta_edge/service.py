@@ -1,31 +1,36 @@
-"""The daemon: a ZeroMQ front end on one thread, inference on another, a bounded queue between them.
+"""The daemon: a ZeroMQ front end on one thread, answers on another, steps, disk and HTTP on threads of their own.
 
-`Server.run` is the whole life: startup, main loop, shutdown. The network thread never computes and the worker
-thread never touches a ZeroMQ socket. What happens away from the network thread (an answer is ready, somebody
-wants the daemon to stop) wakes its poller through a socket pair, which may be written to from any thread and
-from a signal handler.
+`Server.run` is the whole life: startup, main loop, shutdown. The network thread never computes and no other
+thread touches a ZeroMQ socket. What happens away from the network thread (an answer is ready, somebody wants the
+daemon to stop) wakes its poller through a socket pair, which may be written to from any thread and from a signal
+handler.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import zmq
 
-from tta_edge.config import Config
+from tta_edge.batching import Inbox
+from tta_edge.config import HTTP_OFF, Config
 from tta_edge.endpoint import check_bind
 from tta_edge.errors import AddressInUse, CannotBind
-from tta_edge.responder import Responder, load
+from tta_edge.health import HealthServer
+from tta_edge.notify import Notifier, watchdog_s
+from tta_edge.responder import Responder
 from tta_edge.session import Arrived, Frames, Phase, Refused, ServerSession
-from tta_edge.stats import Stats
-from tta_edge.wire import Limits, Reply, Tensors
+from tta_edge.stats import Figures, Stats
+from tta_edge.wire import Limits, Reply, StatusReply, Tensors
+from tta_runtime.atomic import DISK, Disk
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +43,24 @@ PEER_REQUESTS = 8  # messages of one peer that the socket library reads ahead; e
 PEER_REPLIES = 64  # replies that it holds for a peer which does not read them
 BURST = 64  # messages taken from the socket before answers are sent
 GOODBYE_MS = 500  # for the last answers to leave the process
+TICK_S = 1.0  # the main loop shows at least this often that it lives
+STUCK_S = 60.0  # an answer that takes longer means that the daemon hangs
 
 
 class Server:
     """One daemon.
 
+    Args:
+        config: as resolved.
+        on_ready: told of the endpoint when the daemon answers.
+        clock: seconds; only differences count, so that a jump of the wall clock changes nothing.
+        disk: what writes to the state directory.
+        environment: where systemd says how it wants to be told of readiness and life.
+
     Attributes:
         config: as resolved.
         endpoint: where it listens, with the real port; empty until it is ready.
+        http_endpoint: where metrics and health are, as http://HOST:PORT; empty where they are off.
         ready: set when it answers requests.
         stats: counters and latencies, safe to read from any thread.
     """
@@ -56,25 +71,40 @@ class Server:
         *,
         on_ready: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        disk: Disk = DISK,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.endpoint = ""
+        self.http_endpoint = ""
         self.ready = threading.Event()
         self.stats = Stats()
         self._on_ready = on_ready
         self._clock = clock
+        self._disk = disk
+        environment = environment if environment is not None else os.environ
+        self._notifier = Notifier(environment)
+        self._watchdog_s = watchdog_s(environment)
         self._stops = 0
+        self._reloads = 0
+        self._loop_s = clock()
+        self._busy_since_s: float | None = None
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
 
+    @property
+    def wake_fd(self) -> int:
+        """Bytes written here wake the main loop; for `signal.set_wakeup_fd`, so that no signal is slept through."""
+        return self._wake_in.fileno()
+
     def run(self) -> None:
-        """Serve until `stop` is called, then answer what is open and return.
+        """Serve until `stop` is called, then answer what is open, save what was learnt and return.
 
         Raises:
-            StartError: the address cannot be bound.
-            BundleError: the bundle cannot be served.
-            MethodError: the bundle has no such method or hyper.
+            StartError: an address cannot be bound, or the state directory cannot be used.
+            BundleError: a bundle cannot be served.
+            MethodError: a bundle has no such method or hyper.
             EngineError: there is no engine for it on this machine.
         """
         with ExitStack() as cleanup:
@@ -86,6 +116,28 @@ class Server:
         self._stops += 1
         self._wake()
 
+    def reload_all(self) -> None:
+        """Read every bundle's directory again. For any thread and any signal handler."""
+        self._reloads += 1
+        self._wake()
+
+    # --- what health.py asks for, from its own thread -----------------------------------------------
+
+    def telemetry(self) -> tuple[StatusReply, Figures]:
+        """Status and figures of one moment."""
+        figures = self.stats.figures()
+        return self._responder.status(0, figures, self._session.open), figures
+
+    def alive(self) -> bool:
+        """Whether the main loop turns and no answer takes for ever."""
+        now_s, busy_since_s = self._clock(), self._busy_since_s
+        turning = now_s - self._loop_s < 10 * TICK_S
+        return turning and (busy_since_s is None or now_s - busy_since_s < STUCK_S)
+
+    def accepting(self) -> bool:
+        """Whether a new request would be answered."""
+        return self.ready.is_set() and self._session.phase is Phase.SERVING
+
     # --- startup ----------------------------------------------------------------------------------
 
     def _startup(self, cleanup: ExitStack) -> None:
@@ -96,15 +148,34 @@ class Server:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         cleanup.callback(context.destroy, linger=GOODBYE_MS)
         self._router = _bound(context, config)
-        self._responder: Responder = load(config, stats=self.stats, clock=self._clock)
         self._session = ServerSession(
             Limits(max_payload_bytes=config.max_request_bytes),
             capacity=config.max_queue,
             max_open_bytes=config.max_queue_bytes,
+            per_client=config.max_client_requests,
         )
-        # The session opens at most `max_queue` requests, so neither queue can be asked to hold more.
-        self._inbox: queue.Queue[Arrived | None] = queue.Queue(maxsize=config.max_queue + 1)
+        # The session opens at most `max_queue` requests, so the queue cannot be asked to hold more.
         self._outbox: queue.Queue[tuple[Arrived, Reply, Tensors]] = queue.Queue(maxsize=config.max_queue)
+        self._inbox = Inbox(
+            lambda arrived: self._responder.merge(arrived),
+            most=config.batch_max,
+            wait_s=config.batch_wait_ms / 1e3,
+            clock=self._clock,
+        )
+        self._responder = Responder(
+            config,
+            self.stats,
+            emit=self._emit,
+            call=self._inbox.put,
+            clock=self._clock,
+            disk=self._disk,
+        )
+        cleanup.callback(self._responder.close)
+        if config.http != HTTP_OFF:
+            health = HealthServer(config.http, self, config.allow_remote)
+            health.start()
+            cleanup.callback(health.close)
+            self.http_endpoint = health.endpoint
         # A daemon thread: an engine run that never ends must not keep the process alive after the deadline.
         self._worker = threading.Thread(target=self._work, name="tta-worker", daemon=True)
         self._worker.start()
@@ -114,6 +185,8 @@ class Server:
         cleanup.callback(self.ready.clear)
         if self._on_ready is not None:
             self._on_ready(self.endpoint)
+        self._notifier.ready()
+        cleanup.callback(self._notifier.stopping)
 
     # --- main loop: the network thread ------------------------------------------------------------
 
@@ -122,14 +195,23 @@ class Server:
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wake_out, zmq.POLLIN)
         deadline_s: float | None = None
+        fed_s = self._clock()
+        tick_s = TICK_S if self._watchdog_s is None else min(TICK_S, self._watchdog_s / 2)
         while True:
-            wait_ms = None if deadline_s is None else max(0, round((deadline_s - self._clock()) * 1e3))
-            ready = dict(poller.poll(wait_ms))
+            wait_s = tick_s if deadline_s is None else min(tick_s, max(0.0, deadline_s - self._clock()))
+            ready = dict(poller.poll(round(wait_s * 1e3)))
+            self._loop_s = self._clock()
             if self._wake_out.fileno() in ready:
                 self._drain_wakes()
             self._send_answers()
             if self._router in ready:
                 self._receive()
+            if self._watchdog_s is not None and self._loop_s - fed_s >= self._watchdog_s / 2 and self.alive():
+                self._notifier.watchdog()
+                fed_s = self._loop_s
+            if self._reloads:
+                self._reloads = 0
+                self._inbox.put(self._responder.reload_all)
             if self._stops and deadline_s is None:
                 log.info("draining: %d requests are open", self._session.open)
                 self._session.drain()
@@ -153,7 +235,7 @@ class Server:
                     self.stats.refused(event.error.code)
                     log.info("refused %s: %s", event.error.code, event.error.cause)
                 else:
-                    self._inbox.put_nowait(event)
+                    self._inbox.put(event)
             self._send(replies)
 
     def _send_answers(self) -> None:
@@ -197,15 +279,22 @@ class Server:
     # --- the worker thread ------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (arrived := self._inbox.get()) is not None:
-            reply, tensors = self._responder.respond(arrived)
-            self._outbox.put_nowait((arrived, reply, tensors))
-            self._wake()
+        while (work := self._inbox.take()) is not None:
+            self._busy_since_s = self._clock()
+            if isinstance(work, list):
+                self._responder.respond(work)
+            else:
+                work()
+            self._busy_since_s = None
+
+    def _emit(self, arrived: Arrived, reply: Reply, tensors: Tensors) -> None:
+        self._outbox.put_nowait((arrived, reply, tensors))
+        self._wake()
 
     # --- shutdown: each part registers its own end at startup; they run in reverse ----------------
 
     def _join_worker(self) -> None:
-        self._inbox.put_nowait(None)
+        self._inbox.close()
         # With requests still open the drain deadline has passed already: wait no longer.
         self._worker.join(timeout=0.0 if self._session.open else self.config.drain_s)
 

@@ -1,16 +1,22 @@
-"""Running figures of a daemon: counters by name and latency quantiles, of bounded size. No clock, no I/O."""
+"""Running figures of a daemon: counters, histograms and latency quantiles, of bounded size. No clock, no I/O."""
 
 from __future__ import annotations
 
+import bisect
 import math
 import threading
 from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 WINDOW = 2048  # values a quantile looks back on; older ones are forgotten, so memory never grows
+BOUNDS_S = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+"""Upper bounds of the histograms' buckets, in seconds."""
 
 
-def quantile(values: list[float], q: float) -> float:
+def quantile(values: Iterable[float], q: float) -> float:
     """The nearest-rank quantile of some values.
 
     Args:
@@ -20,25 +26,79 @@ def quantile(values: list[float], q: float) -> float:
     Returns:
         A value that occurs in `values`; NaN where there are none.
     """
-    if not values:
-        return math.nan
     ordered = sorted(values)
+    if not ordered:
+        return math.nan
     return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
 
 
 @dataclass
-class Quantiles:
-    """The last `WINDOW` values of one measured quantity."""
+class Histogram:
+    """How many values fell below each bound, as Prometheus counts them.
 
-    window: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    Attributes:
+        counts: one for each of `BOUNDS_S` and one for what is above; not cumulative.
+        total: sum of all values, in seconds.
+    """
 
-    def add(self, value: float) -> None:
-        """Remember one value, forgetting the oldest when the window is full."""
-        self.window.append(value)
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+    total: float = 0.0
 
-    def at(self, q: float) -> float:
-        """The quantile `q` of the window; NaN while it is empty."""
-        return quantile(list(self.window), q)
+    def add(self, seconds: float) -> None:
+        """Count one value."""
+        self.counts[bisect.bisect_left(BOUNDS_S, seconds)] += 1
+        self.total += seconds
+
+    def copy(self) -> Histogram:
+        """The same figures, which go on by themselves."""
+        return Histogram(list(self.counts), self.total)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All figures at one moment.
+
+    Attributes:
+        answered: message name -> requests that got what they asked for.
+        refused: error code -> requests that got an error, or replies that could not be delivered.
+        events: (action, reason) -> how often; actions and reasons are those of adapt.py and the store.
+        steps: (bundle, result) -> steps of the method; the result is `committed` or `refused`.
+        samples: bundle -> samples answered.
+        runs: bundle -> runs of the serve graph or of an inline step.
+        dropped: samples that left a window without having been adapted on.
+        request_s, queue_s, compute_s, step_s: bundle -> time of a prediction from arrival to answer, of that in
+            the queue, of that in the engine; and time of a background or inline step.
+        latency_ms: the last predictions' times from arrival to answer.
+    """
+
+    answered: Mapping[str, int]
+    refused: Mapping[str, int]
+    events: Mapping[tuple[str, str], int]
+    steps: Mapping[tuple[str, str], int]
+    samples: Mapping[str, int]
+    runs: Mapping[str, int]
+    dropped: int
+    request_s: Mapping[str, Histogram]
+    queue_s: Mapping[str, Histogram]
+    compute_s: Mapping[str, Histogram]
+    step_s: Mapping[str, Histogram]
+    latency_ms: tuple[float, ...]
+
+    @property
+    def ok(self) -> int:
+        """How many requests got what they asked for."""
+        return sum(self.answered.values())
+
+    @property
+    def failed(self) -> int:
+        """How many requests got an error, or a reply that could not be delivered."""
+        return sum(self.refused.values())
+
+    def latency(self) -> dict[str, float]:
+        """`p50` and `p99` in milliseconds; empty while nothing has been measured."""
+        if not self.latency_ms:
+            return {}
+        return {"p50": quantile(self.latency_ms, 0.5), "p99": quantile(self.latency_ms, 0.99)}
 
 
 class Stats:
@@ -48,45 +108,78 @@ class Stats:
         self._lock = threading.Lock()
         self._answered: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
-        self._latency_ms = Quantiles()
+        self._events: Counter[tuple[str, str]] = Counter()
+        self._steps: Counter[tuple[str, str]] = Counter()
+        self._samples: Counter[str] = Counter()
+        self._runs: Counter[str] = Counter()
+        self._dropped = 0
+        self._request_s: dict[str, Histogram] = {}
+        self._queue_s: dict[str, Histogram] = {}
+        self._compute_s: dict[str, Histogram] = {}
+        self._step_s: dict[str, Histogram] = {}
+        self._latency_ms: deque[float] = deque(maxlen=WINDOW)
 
-    def answered(self, kind: str, latency_ms: float | None = None) -> None:
-        """Count a request that got what it asked for.
-
-        Args:
-            kind: the message's name, such as `predict`.
-            latency_ms: from arrival to answer, in milliseconds; None for messages that measure nothing.
-        """
+    def answered(self, kind: str) -> None:
+        """Count a request that got what it asked for, by the message's name."""
         with self._lock:
             self._answered[kind] += 1
-            if latency_ms is not None:
-                self._latency_ms.add(latency_ms)
+
+    def predicted(
+        self, bundle: str, samples: int, *, queue_s: float, compute_s: float, total_s: float
+    ) -> None:
+        """Note a prediction's size and times, beside `answered`."""
+        with self._lock:
+            self._samples[bundle] += samples
+            for histograms, seconds in (
+                (self._request_s, total_s), (self._queue_s, queue_s), (self._compute_s, compute_s),
+            ):  # fmt: skip
+                histograms.setdefault(bundle, Histogram()).add(seconds)
+            self._latency_ms.append(total_s * 1e3)
+
+    def ran(self, bundle: str) -> None:
+        """Count a run of the engine that answered one request or several."""
+        with self._lock:
+            self._runs[bundle] += 1
+
+    def stepped(self, bundle: str, result: str, seconds: float) -> None:
+        """Count a step of the method, with its result and time."""
+        with self._lock:
+            self._steps[bundle, result] += 1
+            self._step_s.setdefault(bundle, Histogram()).add(seconds)
 
     def refused(self, code: str) -> None:
         """Count a request that was answered with an error, by the error's code."""
         with self._lock:
             self._refused[code] += 1
 
-    @property
-    def ok(self) -> int:
-        """How many requests got what they asked for."""
+    def happened(self, action: str, reason: str) -> None:
+        """Count an event."""
         with self._lock:
-            return self._answered.total()
+            self._events[action, reason] += 1
 
-    @property
-    def failed(self) -> int:
-        """How many requests got an error, or a reply that could not be delivered."""
+    def dropped(self, samples: int) -> None:
+        """Count samples that left a window without having been adapted on."""
         with self._lock:
-            return self._refused.total()
+            self._dropped += samples
 
-    def failures(self) -> dict[str, int]:
-        """Error code -> how often."""
-        with self._lock:
-            return dict(self._refused)
+    def figures(self) -> Figures:
+        """All figures as they are now."""
 
-    def latency(self) -> dict[str, float]:
-        """`p50` and `p99` in milliseconds; empty while nothing has been measured."""
+        def copies(histograms: dict[str, Histogram]) -> dict[str, Histogram]:
+            return {name: histogram.copy() for name, histogram in histograms.items()}
+
         with self._lock:
-            if not self._latency_ms.window:
-                return {}
-            return {"p50": self._latency_ms.at(0.5), "p99": self._latency_ms.at(0.99)}
+            return Figures(
+                dict(self._answered),
+                dict(self._refused),
+                dict(self._events),
+                dict(self._steps),
+                dict(self._samples),
+                dict(self._runs),
+                self._dropped,
+                copies(self._request_s),
+                copies(self._queue_s),
+                copies(self._compute_s),
+                copies(self._step_s),
+                tuple(self._latency_ms),
+            )

@@ -42,8 +42,12 @@ Tensors = Mapping[str, NDArray[Any]]
 
 DType = Literal["uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"]
 RequestId = Annotated[int, Meta(ge=0, le=MAX_REQUEST_ID)]
-# Stream ids become file names and log fields: one segment, no separators, no leading dot.
-StreamId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")]
+# Stream ids and bundle names become file names and log fields: one segment, no separators, no leading dot.
+NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z"
+StreamId = Annotated[str, Meta(pattern=NAME_PATTERN)]
+# The empty name stands for the daemon's first bundle, and for all streams where a message may mean all.
+OptionalName = Annotated[str, Meta(pattern=r"^([A-Za-z0-9_][A-Za-z0-9._-]{0,63})?\Z")]
+StreamState = Literal["adapting", "frozen", "source", "off"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Predict(_Message, frozen=True, kw_only=True, tag="predict"):
     """Ask for predictions on one batch and, unless `adapt` is false, let the stream adapt to it."""
 
     id: RequestId
+    bundle: OptionalName = ""
     stream: StreamId = "default"
     adapt: bool = True
     compare: bool = False
@@ -110,6 +115,7 @@ class Info(_Message, frozen=True, kw_only=True, tag="info"):
     """Ask what is served."""
 
     id: RequestId
+    bundle: OptionalName = ""
 
 
 class Status(_Message, frozen=True, kw_only=True, tag="status"):
@@ -122,7 +128,40 @@ class Reset(_Message, frozen=True, kw_only=True, tag="reset"):
     """Return one stream to the source."""
 
     id: RequestId
+    bundle: OptionalName = ""
     stream: StreamId = "default"
+
+
+class Rollback(_Message, frozen=True, kw_only=True, tag="rollback"):
+    """Return one stream to its last good checkpoint, theta and state together."""
+
+    id: RequestId
+    bundle: OptionalName = ""
+    stream: StreamId = "default"
+
+
+class Adapt(_Message, frozen=True, kw_only=True, tag="adapt"):
+    """Switch adaptation on or off, for the whole daemon or for one stream."""
+
+    id: RequestId
+    on: bool
+    bundle: OptionalName = ""
+    stream: OptionalName = ""
+    """Empty: the kill switch of the whole daemon, whatever `bundle` says."""
+
+
+class Reload(_Message, frozen=True, kw_only=True, tag="reload"):
+    """Read a bundle's directory again and serve what is there now."""
+
+    id: RequestId
+    bundle: OptionalName = ""
+
+
+class Events(_Message, frozen=True, kw_only=True, tag="events"):
+    """Ask for the newest events."""
+
+    id: RequestId
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
 
 
 class Prediction(_Message, frozen=True, kw_only=True, tag="prediction"):
@@ -131,6 +170,8 @@ class Prediction(_Message, frozen=True, kw_only=True, tag="prediction"):
     id: RequestId
     adapted: bool
     """Whether this batch's step was committed."""
+    collected: bool = False
+    """Whether the samples went to the stream's window, to be adapted on later."""
     reason: str = ""
     """The guards' code of why not, or of why the stream was reset; empty where there is nothing to say."""
     steps: int
@@ -170,6 +211,8 @@ class InfoReply(_Message, frozen=True, kw_only=True, tag="info-reply"):
 
     id: RequestId
     version: str
+    bundle: str
+    """Its name in this daemon."""
     model_id: str
     bundle_digest: str
     method: str
@@ -181,17 +224,44 @@ class InfoReply(_Message, frozen=True, kw_only=True, tag="info-reply"):
     limits: ServerLimits
 
 
+class BundleStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One served bundle."""
+
+    name: str
+    model_id: str
+    digest: str
+    method: str
+    provider: str
+    """What really runs its graphs."""
+    loads: int
+    """How often it was loaded since the daemon started."""
+
+
 class StreamStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stream's figures."""
 
     id: str
+    bundle: str
     method: str
     steps: int
     theta_digest: str
     distance: float
-    state: Literal["adapting", "source"]
+    state: StreamState
+    """`adapting`; `frozen`: the guards suspended it; `source`: its method has no step; `off`: switched off."""
+    restored: str
+    """What it started from: `source`, or the slot file it was restored from."""
+    samples: int
+    """Answered since the stream was loaded."""
+    window: int = 0
+    """Samples that wait for a step."""
+    checkpoints: int = 0
+    """Good states that a rollback can return to."""
     entropy: float | None = None
-    """Mean entropy of the last batch's predictions, in nats."""
+    """Running mean entropy of the predictions, in nats."""
+    diversity: float | None = None
+    """Entropy of the running mean prediction, as a fraction of ln C; near 0 where all goes to one class."""
+    agreement: float | None = None
+    """Running share of samples, of those compared, where stream and frozen source give the same class."""
     last_event: str = ""
     events: dict[str, int] = msgspec.field(default_factory=dict)
     """Reason code -> how often."""
@@ -202,6 +272,7 @@ class Requests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ok: int
     failed: int
+    open: int = 0
     failures: dict[str, int] = msgspec.field(default_factory=dict)
     """Error code -> how often."""
 
@@ -212,10 +283,21 @@ class StatusReply(_Message, frozen=True, kw_only=True, tag="status-reply"):
     id: RequestId
     version: str
     uptime_s: float
-    bundles: list[str]
+    adapt: bool
+    """The kill switch: whether any stream may adapt."""
+    policy: str
+    bundles: list[BundleStatus]
     streams: list[StreamStatus]
+    """Those in memory, the most recently used last."""
+    stored_streams: int
+    """On disk only."""
+    state_dir: str = ""
     requests: Requests
     latency_ms: dict[str, float]
+    rss_bytes: int
+    """Resident memory of the daemon."""
+    disk_error: str = ""
+    """Why the last write to the state directory failed; empty when it succeeded."""
 
 
 class ResetDone(_Message, frozen=True, kw_only=True, tag="reset-done"):
@@ -224,6 +306,62 @@ class ResetDone(_Message, frozen=True, kw_only=True, tag="reset-done"):
     id: RequestId
     stream: str
     theta_digest: str
+
+
+class RollbackDone(_Message, frozen=True, kw_only=True, tag="rollback-done"):
+    """Answer to `rollback`."""
+
+    id: RequestId
+    stream: str
+    theta_digest: str
+    steps: int
+    to: Literal["checkpoint", "source"]
+
+
+class AdaptDone(_Message, frozen=True, kw_only=True, tag="adapt-done"):
+    """Answer to `adapt`."""
+
+    id: RequestId
+    on: bool
+    stream: str
+    durable: bool
+    """Whether the switch survives a restart: there is a state directory and it was written."""
+
+
+class ReloadDone(_Message, frozen=True, kw_only=True, tag="reload-done"):
+    """Answer to `reload`, when the new bundle answers."""
+
+    id: RequestId
+    bundle: str
+    bundle_digest: str
+    changed: bool
+    """Whether the directory held another bundle than before."""
+    kept_streams: int
+    """Streams that go on with their theta."""
+    restarted_streams: int
+    """Streams that start from the new source, because theirs does not fit it."""
+
+
+class EventEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Something the daemon did by itself or was told to do."""
+
+    seq: int
+    """1, 2, ... since the daemon started."""
+    time: str
+    """UTC, ISO 8601."""
+    bundle: str
+    stream: str
+    """Empty where it concerns the whole daemon."""
+    action: str
+    reason: str
+    detail: str
+
+
+class EventsReply(_Message, frozen=True, kw_only=True, tag="events-reply"):
+    """Answer to `events`: the newest, oldest first."""
+
+    id: RequestId
+    events: list[EventEntry]
 
 
 class ErrorReply(_Message, frozen=True, kw_only=True, tag="error"):
@@ -237,8 +375,18 @@ class ErrorReply(_Message, frozen=True, kw_only=True, tag="error"):
     retry_after_s: float | None = None
 
 
-Request = Predict | Info | Status | Reset
-Reply = Prediction | InfoReply | StatusReply | ResetDone | ErrorReply
+Request = Predict | Info | Status | Reset | Rollback | Adapt | Reload | Events
+Reply = (
+    Prediction
+    | InfoReply
+    | StatusReply
+    | ResetDone
+    | RollbackDone
+    | AdaptDone
+    | ReloadDone
+    | EventsReply
+    | ErrorReply
+)
 M = TypeVar("M", bound=_Message)
 
 

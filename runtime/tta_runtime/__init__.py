@@ -36,7 +36,7 @@ from .manifest import (
     ThetaEntry,
     ThetaLayout,
 )
-from .model import Engines, Model, Prediction, Step
+from .model import Checkpoint, Engines, Model, Prediction, Step
 
 try:
     __version__ = metadata.version("tta-runtime")
@@ -47,6 +47,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Bundle",
     "BundleError",
+    "Checkpoint",
     "ConfigError",
     "Engine",
     "EngineError",

@@ -9,13 +9,58 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def write_atomic(path: Path | str, data: bytes | Sequence[bytes], *, mode: int = 0o666) -> None:
+class Disk:
+    """The operating system's calls that durability rests on.
+
+    Everything that must survive is written through one of these, so that a test can make the n-th call fail,
+    kill the process before it, or record what a power cut would leave.
+    """
+
+    def create(self, path: Path, mode: int) -> int:
+        """A descriptor of a new file; `FileExistsError` if there is one."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), mode)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        """How many of the bytes were written; it may be fewer than given."""
+        return os.write(fd, data)
+
+    def sync(self, fd: int) -> None:
+        """Make a file's content durable."""
+        os.fsync(fd)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename, over the target if there is one."""
+        os.replace(source, target)
+
+    def remove(self, path: Path) -> None:
+        """Delete a file."""
+        os.unlink(path)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make a directory's entries durable; else a power cut can undo a rename that was reported done."""
+        if os.name != "posix":  # Windows cannot open directories and journals renames itself
+            return
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+DISK = Disk()
+"""The real one; it has no state."""
+
+
+def write_atomic(
+    path: Path | str, data: bytes | Sequence[bytes], *, mode: int = 0o666, disk: Disk = DISK
+) -> None:
     """Replace the file at `path` by `data`: temporary file beside it, fsync, rename, fsync of the directory.
 
     Args:
         path: the file; its directory must exist. A symbolic link at this path is replaced, not followed.
         data: the content, whole or in parts.
         mode: permissions of a new file, before the umask.
+        disk: what writes.
 
     Raises:
         OSError: from the operating system (no space, read-only, ...). The file at `path` is then as it was
@@ -24,28 +69,19 @@ def write_atomic(path: Path | str, data: bytes | Sequence[bytes], *, mode: int =
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), mode)
+    fd = disk.create(temporary, mode)
     try:
-        with open(fd, "wb", buffering=0) as file:
+        try:
             for part in (data,) if isinstance(data, bytes) else data:
                 view = memoryview(part)
-                while view:  # a raw write may be short
-                    view = view[file.write(view) or 0 :]
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+                while view:  # a write may be short
+                    view = view[disk.write(fd, view) :]
+            disk.sync(fd)
+        finally:
+            os.close(fd)
+        disk.replace(temporary, path)
     except BaseException:  # KeyboardInterrupt as well: no temporary file stays behind
         with suppress(OSError):
-            os.unlink(temporary)
+            disk.remove(temporary)
         raise
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the directory's entries durable; else a power cut can undo a rename that was reported done."""
-    if os.name != "posix":  # Windows cannot open directories and journals renames itself
-        return
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    disk.sync_directory(path.parent)

@@ -313,6 +313,12 @@ class NewerState(StateError):
     code = "newer-state"
 
 
+class OlderState(StateError):
+    """The state file's format version is older than this runtime reads."""
+
+    code = "older-state"
+
+
 class StateOfOtherBundle(StateError):
     """The state was saved with another bundle."""
 

@@ -32,9 +32,6 @@ from .errors import (
     LayoutMismatch,
     NonFiniteState,
     StaleBase,
-    StateMalformed,
-    StateMissing,
-    StateUnreadable,
     StateUnwritable,
     UnknownHyper,
     UnknownMethod,
@@ -42,7 +39,7 @@ from .errors import (
     WrongBatch,
     did_you_mean,
 )
-from .files import read_at_most, reason
+from .files import reason
 from .inputs import Limits
 from .manifest import FORWARD, Manifest, MethodSpec, Port
 from .manifest_check import MAX_HYPER
@@ -82,8 +79,8 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class _Active:
-    """Theta, state and what the next random numbers follow from: what flips as one."""
+class Checkpoint:
+    """Theta, state and what the next random numbers follow from: what flips as one. Its arrays never change."""
 
     theta: Vector
     state: Mapping[str, NDArray[Any]]
@@ -106,6 +103,7 @@ class Engines:
         *,
         methods: Sequence[str] | None = None,
         options: EngineOptions | None = None,
+        step_options: EngineOptions | None = None,
         loader: Loader = OrtEngine,
     ) -> Engines:
         """Load the graphs that the given methods need, each once.
@@ -114,6 +112,7 @@ class Engines:
             bundle: an opened bundle, or the path of one.
             methods: names; None: all of the bundle.
             options: threads, provider, memory.
+            step_options: the same for the graphs of steps, which then have threads of their own; None: `options`.
             loader: what makes an engine of a graph.
 
         Raises:
@@ -130,7 +129,15 @@ class Engines:
             spec = _method(known, name, known)
             keys |= {key: None for key in (spec.serve, spec.step) if key is not None}
         options = options or EngineOptions()
-        return cls(bundle, {key: loader(bundle, key, options) for key in keys}, wanted)
+        steps = {known[name].step for name in wanted}
+        return cls(
+            bundle,
+            {
+                key: loader(bundle, key, (step_options or options) if key in steps else options)
+                for key in keys
+            },
+            wanted,
+        )
 
     def __getitem__(self, graph: str) -> Engine:
         return self._engines[graph]
@@ -184,8 +191,8 @@ class Model:
         self._serve = engines[self.spec.serve]
         self._step = None if self.spec.step is None else engines[self.spec.step]
         self._active = self._start(self.theta0, 0, seed)
-        self._last_good: _Active | None = None
-        self._derived: tuple[_Active, str, float] | None = None
+        self._last_good: Checkpoint | None = None
+        self._derived: tuple[Checkpoint, str, float] | None = None
 
     @classmethod
     def open(
@@ -342,7 +349,7 @@ class Model:
         vector = theta.check(self.manifest.theta, step.theta)
         state = self._check_state(step.state)
         self._last_good = now
-        self._active = _Active(owned(vector), state, now.steps + 1, now.seed)
+        self._active = Checkpoint(owned(vector), state, now.steps + 1, now.seed)
 
     def adapt(self, x: NDArray[Any], weight: NDArray[np.float32] | None = None) -> Step:
         """`step` and `commit`.
@@ -391,7 +398,55 @@ class Model:
         self._active, self._last_good = self._last_good, None
         return True
 
-    # -------------------------------------------------------------------------------- files
+    # -------------------------------------------------------------------------------- checkpoints and files
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is active now, to be returned to by `restore`. Costs nothing: arrays are replaced, not changed."""
+        return self._active
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint of this model, or of one like it, the active theta and state.
+
+        Raises:
+            LayoutMismatch, NonFiniteTheta, NonFiniteState: it does not fit. Nothing is changed then.
+        """
+        vector = owned(theta.check(self.manifest.theta, checkpoint.theta))
+        state = self._check_state(checkpoint.state)
+        self._active = Checkpoint(vector, state, checkpoint.steps, checkpoint.seed)
+        self._last_good = None
+
+    def encode(self, checkpoint: Checkpoint, *, generation: int = 0, notes: str = "") -> bytes:
+        """The bytes of a state file that holds a checkpoint of this model.
+
+        Args:
+            checkpoint: of this model.
+            generation: grows with every save of the same stream.
+            notes: found again by `decode`; at most `state_file.MAX_NOTES` characters.
+        """
+        saved = state_file.Saved(
+            checkpoint.theta, checkpoint.state, self.method, self._hyper, checkpoint.steps, checkpoint.seed,
+            generation, notes,
+        )  # fmt: skip
+        return state_file.encode(self.manifest, saved)
+
+    def decode(self, data: bytes) -> tuple[Checkpoint, int, str]:
+        """Checkpoint, generation and notes from the bytes of a state file.
+
+        Raises:
+            StateError: the subclass that names why they are refused.
+        """
+        saved = state_file.decode(data, self.manifest, self.method)
+        if dict(saved.hyper) != self._hyper:
+            _log.info("a state was made with hyper %s, going on with %s", saved.hyper, self._hyper)
+        state = MappingProxyType({name: owned(array) for name, array in saved.state.items()})
+        checkpoint = Checkpoint(owned(saved.theta), state, saved.steps, saved.seed)
+        return checkpoint, saved.generation, saved.notes
+
+    @property
+    def max_state_bytes(self) -> int:
+        """The largest size that a state file of this model can have."""
+        return state_file.max_bytes(self.manifest, self.spec.state)
 
     def save(self, path: Path | str) -> None:
         """Write theta, state, steps and seed to a state file, atomically: old file or new, never a mix.
@@ -399,10 +454,8 @@ class Model:
         Raises:
             StateUnwritable: the operating system refuses; a file at the path is as it was.
         """
-        now = self._active
-        saved = state_file.Saved(now.theta, now.state, self.method, self._hyper, now.steps, now.seed)
         try:
-            write_atomic(Path(path), state_file.encode(self.manifest, saved))
+            write_atomic(Path(path), self.encode(self._active))
         except OSError as error:
             raise StateUnwritable(
                 f"{path} cannot be written: {reason(error)}", "Free space or choose another place"
@@ -414,37 +467,17 @@ class Model:
         Raises:
             StateError: the subclass that names why the file is refused. Nothing is changed by any refusal.
         """
-        limit = state_file.max_bytes(self.manifest, self.spec.state)
-        try:
-            data = read_at_most(path, limit)
-        except FileNotFoundError as error:
-            raise StateMissing(
-                f"there is no state file {path}", "Check the path, or start from the source"
-            ) from error
-        except OSError as error:
-            raise StateUnreadable(
-                f"{path} cannot be read: {reason(error)}", "Check its permissions"
-            ) from error
-        if len(data) > limit:
-            raise StateMalformed(
-                f"{path} has more than {limit} bytes, the most a state of `{self.method}` has",
-                "Delete the file to start from the source",
-            )
-        saved = state_file.decode(data, self.manifest, self.method)
-        if dict(saved.hyper) != self._hyper:
-            _log.info("state %s was made with hyper %s, going on with %s", path, saved.hyper, self._hyper)
-        state = MappingProxyType({name: owned(array) for name, array in saved.state.items()})
-        self._active = _Active(owned(saved.theta), state, saved.steps, saved.seed)
+        self._active, _, _ = self.decode(state_file.read(path, self.max_state_bytes))
         self._last_good = None
 
     # -------------------------------------------------------------------------------- inside
 
-    def _serving(self, now: _Active) -> Vector:
+    def _serving(self, now: Checkpoint) -> Vector:
         """The vector that answers between steps: theta, or a teacher held in the state."""
         kind, _, key = self.spec.serve_vector.partition(":")
         return now.theta if kind == "theta" else now.state[key]
 
-    def _start(self, vector: Vector, steps: int, seed: int) -> _Active:
+    def _start(self, vector: Vector, steps: int, seed: int) -> Checkpoint:
         """The vector with the method's initial state beside it."""
         state = {}
         for s in self.spec.state:
@@ -453,9 +486,9 @@ class Model:
             else:
                 fill = np.zeros if s.init == "zeros" else np.ones
                 state[s.name] = frozen(fill(s.shape, dtype=s.dtype))
-        return _Active(vector, MappingProxyType(state), steps, seed)
+        return Checkpoint(vector, MappingProxyType(state), steps, seed)
 
-    def _facts(self) -> tuple[_Active, str, float]:
+    def _facts(self) -> tuple[Checkpoint, str, float]:
         """Digest and distance of the active theta, computed once for each theta."""
         now, facts = self._active, self._derived
         if facts is None or facts[0] is not now:
@@ -486,12 +519,12 @@ class Model:
                 )
         return MappingProxyType({name: owned(array) for name, array in state.items()})
 
-    def _predict(self, engine: Engine, x: NDArray[Any], now: _Active, vector: Vector) -> Prediction:
+    def _predict(self, engine: Engine, x: NDArray[Any], now: Checkpoint, vector: Vector) -> Prediction:
         outputs = self._run(engine, x, None, now, vector)
         return Prediction(outputs[("logits", "")], outputs.get(("features", "")))
 
     def _run(
-        self, engine: Engine, x: NDArray[Any], weight: Vector | None, now: _Active, vector: Vector
+        self, engine: Engine, x: NDArray[Any], weight: Vector | None, now: Checkpoint, vector: Vector
     ) -> dict[tuple[str, str], NDArray[Any]]:
         """Outputs by (bind, key): every port gets what the manifest binds it to."""
         anchor = self.engines.bundle.anchor

@@ -2,10 +2,10 @@
 
 One safetensors file. Tensors: `theta`, [P] float32, and `state.NAME` for each array of the method's state.
 Metadata, all strings: format, format_version, model_id, source (digest of the bundle's source theta),
-layout (digest of the layout), method, hyper (JSON), steps, seed, sha256 (over all other metadata and the
-tensors).
+layout (digest of the layout), method, hyper (JSON), steps, seed, generation (which of two files is the newer
+one, see slots.py), notes (of whoever saved it), sha256 (over all other metadata and the tensors).
 
-These functions only turn bytes into typed data and back; nothing is written here.
+These functions turn bytes into typed data and back; nothing is written here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,17 +26,24 @@ from .errors import (
     LayoutMismatch,
     NewerState,
     NonFiniteTheta,
+    OlderState,
     StateMalformed,
     StateMismatch,
+    StateMissing,
     StateOfOtherBundle,
     StateTampered,
+    StateUnreadable,
 )
+from .files import read_at_most, reason
 from .manifest import Manifest, StateSpec
 
 FORMAT = "tta-state"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MAX_NOTES = 512 * 1024
+"""Characters of the notes."""
 _KEYS = (
-    "format", "format_version", "model_id", "source", "layout", "method", "hyper", "steps", "seed", "sha256",
+    "format", "format_version", "model_id", "source", "layout", "method", "hyper", "steps", "seed",
+    "generation", "notes", "sha256",
 )  # fmt: skip
 _FIX = "Delete the file to start from the source, or restore it from a copy"
 _MAX_COUNT = 1 << 63
@@ -53,6 +61,10 @@ class Saved:
     """A record of what the state was made with; loading does not apply it."""
     steps: int
     seed: int
+    generation: int = 0
+    """Grows with every save of the same stream."""
+    notes: str = ""
+    """What the one who saved wants to find again; at most `MAX_NOTES` characters."""
 
 
 def max_bytes(manifest: Manifest, specs: list[StateSpec]) -> int:
@@ -60,6 +72,31 @@ def max_bytes(manifest: Manifest, specs: list[StateSpec]) -> int:
     payload = 4 * manifest.theta.size
     payload += sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs)
     return payload + tensors.MAX_OVERHEAD_BYTES
+
+
+def read(path: Path | str, limit: int) -> bytes:
+    """The bytes of a state file.
+
+    Args:
+        path: the file.
+        limit: in bytes, from `max_bytes`.
+
+    Raises:
+        StateMissing: there is no such file.
+        StateUnreadable: the operating system refuses.
+        StateMalformed: it has more bytes than any state of its method.
+    """
+    try:
+        data = read_at_most(path, limit)
+    except FileNotFoundError as error:
+        raise StateMissing(
+            f"there is no state file {path}", "Check the path, or start from the source"
+        ) from error
+    except OSError as error:
+        raise StateUnreadable(f"{path} cannot be read: {reason(error)}", "Check its permissions") from error
+    if len(data) > limit:
+        raise StateMalformed(f"{path} has more than {limit} bytes, the most a state of its method has", _FIX)
+    return data
 
 
 def encode(manifest: Manifest, saved: Saved) -> bytes:
@@ -76,6 +113,8 @@ def encode(manifest: Manifest, saved: Saved) -> bytes:
         "hyper": msgspec.json.encode(dict(sorted(saved.hyper.items()))).decode(),
         "steps": str(saved.steps),
         "seed": str(saved.seed),
+        "generation": str(saved.generation),
+        "notes": saved.notes,
     }
     return tensors.encode(arrays, metadata | {"sha256": checksum(metadata, arrays)})
 
@@ -85,7 +124,7 @@ def decode(data: bytes, manifest: Manifest, method: str) -> Saved:
 
     Raises:
         StateMalformed: not a state file, a wrong key or value in its metadata, or values that are not finite.
-        NewerState: a newer format version.
+        NewerState, OlderState: another format version.
         StateTampered: the contents do not match the checksum.
         StateOfOtherBundle: saved with another source theta or layout.
         StateMismatch: saved for another method, or arrays that do not fit this method.
@@ -101,6 +140,11 @@ def decode(data: bytes, manifest: Manifest, method: str) -> Saved:
         raise NewerState(
             f"the state file has format_version {version}, this tta-runtime reads up to {FORMAT_VERSION}",
             "Upgrade tta-runtime, or delete the file to start from the source",
+        )
+    if version < FORMAT_VERSION:
+        raise OlderState(
+            f"the state file has format_version {version}, this tta-runtime reads {FORMAT_VERSION}",
+            "Delete the file to start from the source, or go on with the tta-runtime that wrote it",
         )
     if sorted(metadata) != sorted(_KEYS):
         raise StateMalformed(f"metadata has keys {sorted(metadata)[:20]}, expected {sorted(_KEYS)}", _FIX)
@@ -139,7 +183,10 @@ def decode(data: bytes, manifest: Manifest, method: str) -> Saved:
         hyper = msgspec.json.decode(metadata["hyper"], type=dict[str, float])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise StateMalformed(f"metadata hyper: {error}", _FIX) from error
-    return Saved(vector, state, method, hyper, _count(metadata, "steps"), _count(metadata, "seed", 1 << 128))
+    if len(metadata["notes"]) > MAX_NOTES:
+        raise StateMalformed(f"the notes have {len(metadata['notes'])} characters, at most {MAX_NOTES}", _FIX)
+    steps, seed = _count(metadata, "steps"), _count(metadata, "seed", 1 << 128)
+    return Saved(vector, state, method, hyper, steps, seed, _count(metadata, "generation"), metadata["notes"])
 
 
 def _count(metadata: Mapping[str, str], key: str, end: int = _MAX_COUNT) -> int:

@@ -1,0 +1,179 @@
+"""What the daemon did by itself or was told to do: every reject, reset and rollback with its reason code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+
+from tta_edge.stats import Stats
+from tta_edge.wire import EventEntry
+
+log = logging.getLogger(__name__)
+
+KEPT = 1000  # events in memory; older ones are in the file of the state directory, if there is one
+
+
+class Reason(str, Enum):
+    """Why something happened. Slots that were set aside have the code of the `StateError` as their reason."""
+
+    BATCH_SIZE = "batch-size"
+    """The method cannot adapt on a batch of this size; it was only answered."""
+    NON_FINITE_LOGITS = "non-finite-logits"
+    """The logits were not finite: of a step, which was not committed, or of the stream, which was reset."""
+    NON_FINITE_THETA = "non-finite-theta"
+    """The step's theta was not finite; it was not committed."""
+    NON_FINITE_STATE = "non-finite-state"
+    """The step's state was not finite; it was not committed."""
+    BALL = "ball"
+    """The step would leave the ball around the source theta; the stream was reset."""
+    COLLAPSE = "collapse"
+    """Predictions fell into few classes where the frozen source's do not; the stream was rolled back."""
+    PERIODIC = "periodic"
+    """The backstop: so many steps since the last reset."""
+    REQUESTED = "requested"
+    """A client asked for it."""
+    STALE = "stale"
+    """Theta changed while a background step was computed; the step was thrown away."""
+    ENGINE = "engine-failed"
+    """The engine failed in a background step; nothing has changed."""
+    MEMORY_CAP = "memory-cap"
+    """`max_streams` were in memory; the least recently used one went to disk."""
+    DISK_CAP = "disk-cap"
+    """`max_stored_streams` were on disk; the least recently used one was deleted."""
+    DISK_ERROR = "disk-error"
+    """The state directory could not be written; the daemon goes on in memory."""
+    DISK_OK = "disk-ok"
+    """The state directory can be written again."""
+    START = "start"
+    """Found when the daemon started."""
+    RETURNED = "returned"
+    """A stream that was on disk is used again."""
+    OTHER_BUNDLE = "other-bundle"
+    """After a reload the stream does not fit the bundle; it starts from the new source."""
+    BUNDLE_REFUSED = "bundle-refused"
+    """A reload found a bundle that cannot be served; the old one goes on."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to one stream, or to the daemon.
+
+    Attributes:
+        bundle: name of the bundle; empty for the whole daemon.
+        stream: id of the stream; empty for the whole bundle or daemon.
+        action: `skip` (answered, not adapted on), `refuse` (step not committed), `reset`, `rollback`, `suspend`,
+            `quarantine` (a state file was set aside), `restore`, `evict`, `forget`, `switch`, `reload` or `disk`.
+        reason: a `Reason`, or the code of an error.
+        detail: the values behind it, in words.
+    """
+
+    bundle: str
+    stream: str
+    action: str
+    reason: str
+    detail: str
+
+
+Tell = Callable[[Event], None]
+"""Somebody who wants to know of events."""
+
+_QUIET = ("skip", "evict", "restore")
+"""Actions of everyday life: counted, but not worth a warning; `skip` may come with every request."""
+
+
+def utc_now() -> datetime:
+    """The wall clock. Nothing but the time stamps of events hangs on it."""
+    return datetime.now(timezone.utc)
+
+
+class EventLog:
+    """The newest events in memory, counters of all, and a line for each where it is kept. For any thread.
+
+    Args:
+        stats: counts events.
+        keep: takes one line (JSON, with its newline) for a file; it must not block.
+        wall_clock: for the time stamps.
+    """
+
+    def __init__(
+        self,
+        stats: Stats,
+        keep: Callable[[bytes], None] | None = None,
+        wall_clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._stats = stats
+        self._keep = keep
+        self._wall_clock = wall_clock
+        self._lock = threading.Lock()
+        self._newest: deque[EventEntry] = deque(maxlen=KEPT)
+        self._seq = 0
+
+    def add(self, event: Event) -> None:
+        """Count an event, log it and keep it; one that only says that a batch was not adapted on is counted."""
+        self._stats.happened(event.action, event.reason)
+        fields = {
+            "bundle": event.bundle, "stream": event.stream, "action": event.action, "reason": event.reason,
+        }  # fmt: skip
+        log.log(
+            logging.DEBUG if event.action in _QUIET else logging.WARNING,
+            "%s%s %s (%s): %s",
+            event.bundle,
+            f"/{event.stream}" if event.stream else "",
+            event.action,
+            event.reason,
+            event.detail,
+            extra={"event": fields},
+        )
+        if event.action == "skip":
+            return
+        with self._lock:
+            self._seq += 1
+            time = self._wall_clock().isoformat(timespec="milliseconds")
+            entry = EventEntry(seq=self._seq, time=time, **fields, detail=event.detail)
+            self._newest.append(entry)
+            if self._keep is not None:
+                self._keep(msgspec.json.encode(entry) + b"\n")
+
+    def newest(self, limit: int) -> list[EventEntry]:
+        """The newest events, oldest first."""
+        with self._lock:
+            return list(self._newest)[-limit:]
+
+
+class EventFile:
+    """JSON lines of bounded size: at `max_bytes` the file becomes `NAME.1`, whose predecessor is dropped.
+
+    Args:
+        path: of the file.
+        max_bytes: size at which it is rotated.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self.path = path
+        self.max_bytes = max_bytes
+
+    def append(self, line: bytes) -> None:
+        """Add a line.
+
+        Raises:
+            OSError: from the operating system; at worst a part of the line was written.
+        """
+        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            size = os.fstat(fd).st_size
+            if size == 0 or size + len(line) <= self.max_bytes:
+                os.write(fd, line)
+                return
+        finally:
+            os.close(fd)
+        os.replace(self.path, self.path.with_name(f"{self.path.name}.1"))
+        self.append(line)

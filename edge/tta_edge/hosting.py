@@ -1,0 +1,151 @@
+"""The bundles that a daemon serves: each loaded once, shared by all of its streams, replaced whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tta_edge.config import DEFAULT_BUNDLE, BundleConfig, Config
+from tta_runtime import Limits
+from tta_runtime.bundle import Bundle
+from tta_runtime.engine import EngineOptions
+from tta_runtime.errors import BadValue, UnknownMethod, did_you_mean
+from tta_runtime.model import Engines, Model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How the cores are divided.
+
+    Attributes:
+        serve: threads of the graphs that answer.
+        step: threads of the graphs that step.
+    """
+
+    serve: int
+    step: int
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def divide(config: Config, cores: int) -> Threads:
+    """Threads for answers and for steps.
+
+    With policy `inline` one follows the other, so both get all. In the background they run side by side: threads
+    of their own that together are no more than the cores keep a step from slowing answers down.
+    """
+    threads = config.threads or cores
+    if config.policy == "inline":
+        return Threads(threads, config.step_threads or threads)
+    step = config.step_threads or max(1, threads // 2)
+    return Threads(max(1, threads - step), step)
+
+
+@dataclass(frozen=True)
+class Host:
+    """One bundle that is served.
+
+    Attributes:
+        name: in this daemon.
+        path: of the directory it was read from.
+        engines: its loaded graphs.
+        method: how theta changes.
+        hyper: what is set of its hyper-parameters.
+        loads: how often a bundle of this name was loaded.
+    """
+
+    name: str
+    path: Path
+    engines: Engines
+    method: str
+    hyper: Mapping[str, float]
+    loads: int = 1
+
+    def model(self, config: Config) -> Model:
+        """A new stream's model, at the source.
+
+        Raises:
+            MethodError, ConfigError: the bundle has no such method or hyper-parameter.
+        """
+        limits = Limits(max_batch=config.max_batch, max_bytes=config.max_request_bytes)
+        return Model(self.engines, self.method, hyper=self.hyper, seed=config.seed, limits=limits)
+
+
+def wanted(config: Config) -> dict[str, BundleConfig]:
+    """The bundles that a configuration names, the first one first.
+
+    Raises:
+        BadValue: two bundles are named `default`.
+    """
+    bundles = dict(config.bundles)
+    if config.bundle is None and bundles:
+        return bundles
+    if DEFAULT_BUNDLE in bundles:
+        raise BadValue(
+            f"`bundle` is {config.bundle} and `bundles` has one named `{DEFAULT_BUNDLE}` as well",
+            "Leave one of them out, or give the second another name",
+        )
+    return {DEFAULT_BUNDLE: BundleConfig(path=config.bundle or _builtin(), method=config.method), **bundles}
+
+
+def load(name: str, bundle: BundleConfig, config: Config, *, loads: int = 1) -> Host:
+    """Open a bundle and load what its method needs.
+
+    Raises:
+        BundleError: the bundle is refused.
+        MethodError: it has no such method or hyper-parameter.
+        EngineError: this machine cannot run its graphs.
+    """
+    opened = Bundle.open(bundle.path)
+    known = opened.manifest.methods
+    method = bundle.method or opened.manifest.default_method
+    threads = divide(config, usable_cores())
+    engines = Engines.load(
+        opened,
+        methods=[method],
+        options=EngineOptions(threads=threads.serve),
+        step_options=EngineOptions(threads=threads.step),
+    )
+    host = Host(name, Path(bundle.path), engines, method, config.hyper_of(method), loads)
+    host.model(config)  # a wrong hyper-parameter stops the daemon, or the reload, and not its first client
+    log.info(
+        "serving `%s` (%s) with method `%s` of %s on %s, %d + %d threads, bundle %s",
+        name,
+        opened.manifest.model_id,
+        method,
+        ", ".join(known),
+        ", ".join(sorted(set(engines.providers.values()))),
+        threads.serve,
+        threads.step,
+        opened.digest[:12],
+    )
+    return host
+
+
+def load_all(config: Config) -> dict[str, Host]:
+    """Every bundle of a configuration, the first one first; raises what `load` and `wanted` raise."""
+    hosts = {name: load(name, bundle, config) for name, bundle in wanted(config).items()}
+    known = {name for host in hosts.values() for name in host.engines.bundle.manifest.methods}
+    for name in config.hyper_methods():
+        if name not in known:
+            raise UnknownMethod(
+                f"hyper-parameters are set for unknown method `{name}`{did_you_mean(name, known)}",
+                "Correct the name, or leave the setting out",
+            )
+    return hosts
+
+
+def _builtin() -> str:
+    from tta_edge.builtin import builtin_bundle
+
+    return str(builtin_bundle())

@@ -1,0 +1,209 @@
+"""A thread that steps: it takes the samples that streams have collected, when the policy says so.
+
+Requests are answered by another thread meanwhile, with the theta that is active; a step's theta' flips in when it
+has passed the guards.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from tta_edge.adapt import Stream
+from tta_edge.policy import Credit, Policy, delay_s, due, earned, spent, step_size
+from tta_edge.stats import Stats
+from tta_edge.window import Window
+from tta_runtime.errors import InputError
+
+log = logging.getLogger(__name__)
+
+NICENESS = 10  # of the stepping thread, so that an answer comes first where the cores do not suffice
+BURST_S = 10.0  # seconds whose budget may be saved up
+
+
+@dataclass
+class _Waiting:
+    """A stream with its window."""
+
+    stream: Stream
+    size: int
+    window: Window
+    queued: bool = False
+    shape: tuple[int, ...] = field(default=())
+
+
+class Stepper:
+    """Collects samples of streams and steps on them. `offer` and `drop` are for the answering thread.
+
+    Args:
+        policy: when to step.
+        max_bytes: of all windows together.
+        adapting: the daemon's kill switch.
+        stats: counts steps and dropped samples.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_bytes: int,
+        adapting: Callable[[], bool],
+        stats: Stats,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._policy = policy
+        self._max_bytes = max_bytes
+        self._adapting = adapting
+        self._stats = stats
+        self._clock = clock
+        self._waiting: dict[tuple[str, str], _Waiting] = {}
+        self._due: deque[_Waiting] = deque()
+        self._bytes = 0
+        self._credit = Credit(0.0, clock())
+        self._cost_s = 0.0
+        self._changed = threading.Condition()
+        self._ending = False
+        self._stepping = False
+        self._thread = threading.Thread(target=self._work, name="tta-stepper", daemon=True)
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._thread.start()
+
+    def offer(self, stream: Stream, x: NDArray[Any]) -> bool:
+        """Collect the samples of an answered request.
+
+        Args:
+            stream: that answered it and may adapt.
+            x: [batch, ...].
+
+        Returns:
+            Whether they were taken: not where the method's step is larger than the window, nor beyond `max_bytes`.
+        """
+        spec = stream.model.spec
+        size = step_size(self._policy, fixed=spec.batch, least=spec.min_batch)
+        if size is None or x.shape[1:] == ():
+            return False
+        with self._changed:
+            if self._ending:
+                return False
+            waiting = self._waiting.get(stream.key)
+            if waiting is None or waiting.stream is not stream:
+                self._forget(stream.key)
+                waiting = self._waiting[stream.key] = _Waiting(stream, size, Window(self._policy.window))
+            if waiting.shape != x.shape[1:]:  # named dimensions of the input may differ between requests
+                self._stats.dropped(self._empty(waiting))
+                waiting.shape = x.shape[1:]
+            if self._bytes + x.nbytes > self._max_bytes and len(waiting.window) < self._policy.window:
+                return False
+            before = waiting.window.nbytes
+            self._stats.dropped(waiting.window.put(x))
+            self._bytes += waiting.window.nbytes - before
+            self._queue(waiting)
+        return True
+
+    def drop(self, stream: Stream) -> None:
+        """Forget a stream's window; it leaves memory, or went back to the source."""
+        with self._changed:
+            self._forget(stream.key)
+
+    def waiting(self, stream: Stream) -> int:
+        """How many samples of a stream wait."""
+        with self._changed:
+            found = self._waiting.get(stream.key)
+            return len(found.window) if found is not None else 0
+
+    def idle(self, timeout_s: float) -> bool:
+        """Wait until no step is due or under way; False if that took too long. For tests and for the end."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._due and not self._stepping, timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """Step no more; wait at most so long for a step that is under way."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _queue(self, waiting: _Waiting) -> None:
+        window = waiting.window
+        if waiting.queued or not due(self._policy, waiting.size, waiting=len(window), fresh=window.fresh):
+            return
+        waiting.queued = True
+        self._due.append(waiting)
+        self._changed.notify_all()
+
+    def _empty(self, waiting: _Waiting) -> int:
+        self._bytes -= waiting.window.nbytes
+        return waiting.window.clear()
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        waiting = self._waiting.pop(key, None)
+        if waiting is None:
+            return
+        self._stats.dropped(self._empty(waiting))
+        with suppress(ValueError):
+            self._due.remove(waiting)
+        self._changed.notify_all()
+
+    def _work(self) -> None:
+        with suppress(OSError, AttributeError):  # where the system has no niceness for threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        while (found := self._next()) is not None:
+            waiting, x = found
+            began_s = self._clock()
+            committed: bool | None = None
+            try:
+                if self._adapting():
+                    committed = waiting.stream.step_on(x)
+            except InputError as error:
+                log.warning("stream %s: a window could not be stepped on: %s", waiting.stream.name, error)
+            except Exception:
+                log.exception("a defect while stepping stream %s", waiting.stream.name)
+            took_s = self._clock() - began_s
+            if committed is not None:
+                self._stats.stepped(waiting.stream.bundle, "committed" if committed else "refused", took_s)
+            with self._changed:
+                self._stepping = False
+                self._cost_s = took_s if self._cost_s == 0.0 else 0.8 * self._cost_s + 0.2 * took_s
+                self._credit = spent(self._credit, took_s)
+                if self._waiting.get(waiting.stream.key) is waiting:
+                    self._queue(waiting)
+                self._changed.notify_all()
+
+    def _next(self) -> tuple[_Waiting, NDArray[Any]] | None:
+        """The stream whose turn it is, with its samples; waits for one. None at the end."""
+        with self._changed:
+            while not self._ending:
+                wait_s = self._affordable_in_s() if self._due else None
+                if wait_s == 0.0:
+                    waiting = self._due.popleft()
+                    waiting.queued = False
+                    before = waiting.window.nbytes
+                    x, dropped = waiting.window.take(waiting.size, newest=self._policy.kind == "every")
+                    self._bytes += waiting.window.nbytes - before
+                    self._stats.dropped(dropped)
+                    self._stepping = True
+                    return waiting, x
+                self._changed.wait(wait_s)
+            return None
+
+    def _affordable_in_s(self) -> float:
+        if self._policy.kind != "budget":
+            return 0.0
+        share = self._policy.budget
+        self._credit = earned(self._credit, self._clock(), share=share, most_s=share * BURST_S)
+        return delay_s(self._credit, min(self._cost_s, share * BURST_S), share=share)
