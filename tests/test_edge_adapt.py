@@ -374,7 +374,7 @@ def test_a_stream_that_collapses_again_and_again_is_suspended_at_the_source(engi
 def test_an_honest_stream_of_one_class_is_not_a_collapse(engines):
     guarded, events = stream(engines, EVERY_STEP)
     guarded.answer(X)
-    x, y = tiny_bundle.samples(3000, seed=5)
+    x, _ = tiny_bundle.samples(3000, seed=5)
     source = guarded.model.predict(x[:1000], source=True).logits
     one = x[:1000][source.argmax(axis=1) == 0]
     sure = one[np.argsort(-source[source.argmax(axis=1) == 0][:, 0])[:64]]

@@ -172,7 +172,10 @@ BAD_STATES = {
     ),
     "no metadata": (rewritten(lambda _, m: m.clear()), errors.StateMalformed, "format is ``"),
     "another format": (meta(format="pt"), errors.StateMalformed, "`pt`, expected `tta-state`"),
-    "newer": (meta(format_version="2"), errors.NewerState, "2, .* up to 1"),
+    "newer": (meta(format_version="3"), errors.NewerState, "3, .* up to 2"),
+    "older": (meta(format_version="1"), errors.OlderState, "1, .* reads 2"),
+    "generation in words": (meta(generation="one"), errors.StateMalformed, "generation"),
+    "notes without end": (meta(notes="x" * (600 << 10)), errors.StateMalformed, "notes have 614400"),
     "version in words": (meta(format_version="two"), errors.StateMalformed, "format_version"),
     "a key missing": (rewritten(lambda _, m: m.pop("seed")), errors.StateMalformed, "seed"),
     "a key more": (meta(extra="1"), errors.StateMalformed, "extra"),
@@ -292,6 +295,7 @@ def loaded_or_refused(engines: Engines, data: bytes) -> bool:
     assert again.theta.tobytes() == saved.theta.tobytes()
     assert again.state["momentum"].tobytes() == saved.state["momentum"].tobytes()
     assert (again.steps, again.seed, again.hyper) == (saved.steps, saved.seed, saved.hyper)
+    assert (again.generation, again.notes) == (saved.generation, saved.notes)
     return True
 
 
