@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,11 @@ def _finite(array: NDArray[Any]) -> bool:
 
 def _ignore(_: Event) -> None:
     """The listener of a stream nobody listens to."""
+
+
+def _always() -> bool:
+    """The switch of a stream that nobody switches."""
+    return True
 
 
 class Stream:
@@ -221,14 +227,16 @@ class Stream:
             reason = self._observe(logits, source) or reason
         return Answer(logits, source if compare else None, False, reason, {})
 
-    def step_on(self, x: NDArray[Any]) -> bool | None:
+    def step_on(self, x: NDArray[Any], *, allowed: Callable[[], bool] = _always) -> bool | None:
         """One background step.
 
         Args:
             x: [batch, ...] of samples that were answered before.
+            allowed: the daemon's switch, asked when the step is about to be committed.
 
         Returns:
-            True if it was committed, False if it was refused, None if theta changed meanwhile.
+            True if it was committed, False if it was refused, None if theta changed, or adaptation was switched
+            off, meanwhile.
 
         Raises:
             InputError: the method cannot step on such a batch.
@@ -240,13 +248,24 @@ class Stream:
                 self._tell("refuse", Reason.ENGINE, error.cause)
             return False
         with self._lock:
-            if self._closed or not self.adapts:
+            if self._closed or not self.adapts or not allowed():
                 return None
             try:
                 return self._settle(step) in (None, Reason.PERIODIC)
             except StaleBase as error:
                 self._tell("refuse", Reason.STALE, error.cause)
                 return None
+
+    def switch(self, on: bool) -> None:
+        """Let the stream adapt, a suspended one too, or not; a step that is under way is not committed then."""
+        with self._lock:
+            self.enabled = on
+            self.suspended = self.suspended and not on
+
+    def fence(self) -> None:
+        """Return when no commit is under way; the next one asks anew whether it is allowed."""
+        with self._lock:
+            return
 
     def close(self) -> None:
         """From now on nothing is committed: the stream goes to disk, or to another bundle."""

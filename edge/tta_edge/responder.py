@@ -160,7 +160,14 @@ class Responder:
             return None
         if message.adapt and self._policy.inline(len(x)):
             return None
-        key = (message.bundle, message.stream, message.adapt, message.compare, x.dtype.str, x.shape[1:])
+        key = (
+            message.bundle or self._default,
+            message.stream,
+            message.adapt,
+            message.compare,
+            x.dtype.str,
+            x.shape[1:],
+        )
         return Mergeable(key, len(x))
 
     def respond(self, group: list[Arrived]) -> None:
@@ -264,14 +271,16 @@ class Responder:
         word = "on" if message.on else "off"
         if not message.stream:
             self._adapting = message.on
+            if not message.on:
+                self._stepper.drop_all()  # what came before must not be adapted on when it is on again
+                for each in self._registry.all():
+                    each.fence()
             durable = self._saver is not None and self._saver.save_switch(message.on)
             self.events.add(Event("", "", "switch", Reason.REQUESTED.value, f"adaptation is {word}"))
             return AdaptDone(id=message.id, on=message.on, stream="", durable=durable)
         stream = self._registry.find(self._host(message.bundle), message.stream)
-        stream.enabled = message.on
-        if message.on:
-            stream.suspended = False
-        else:
+        stream.switch(message.on)
+        if not message.on:
             self._stepper.drop(stream)
         if self._saver is not None:
             self._saver.keep(stream, stream.model.checkpoint, stream.notes())
@@ -303,7 +312,7 @@ class Responder:
     def _load(self, old: Host, bundle: BundleConfig, arrived: Arrived | None) -> None:
         """In the loader's thread: load, then hand the result to the answering thread."""
         try:
-            new = load(old.name, bundle, self._config, loads=old.loads + 1)
+            new = load(old.name, bundle, self._config, before=old)
         except TtaError as error:
             refused = error
             self._call(lambda: self._reload_failed(old, refused, arrived))

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 
 import zmq
 
-from tta_edge.batching import Inbox
+from tta_edge.batching import Call, Inbox
 from tta_edge.config import HTTP_OFF, Config
 from tta_edge.endpoint import check_bind
 from tta_edge.errors import AddressInUse, CannotBind
@@ -284,8 +284,14 @@ class Server:
             if isinstance(work, list):
                 self._responder.respond(work)
             else:
-                work()
+                self._do(work)
             self._busy_since_s = None
+
+    def _do(self, call: Call) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("a defect between two requests")  # the next ones are answered all the same
 
     def _emit(self, arrived: Arrived, reply: Reply, tensors: Tensors) -> None:
         self._outbox.put_nowait((arrived, reply, tensors))
