@@ -126,6 +126,9 @@ def test_every_command_line_of_a_document_exists_with_its_options(document):
             continue
         assert (name, rest[0]) in known, f"{command.where}: there is no `{name} {rest[0]}`"
         form = known[name, rest[0]]
+        if hasattr(form, "commands") and rest[1:]:  # a command of commands: `config show`
+            assert rest[1] in form.commands, f"{command.where}: there is no `{name} {rest[0]} {rest[1]}`"
+            form = form.commands[rest[1]]
         options = {text for each in form.params for text in (*each.opts, *each.secondary_opts)} | {"--help"}
         for word in rest[1:]:
             if re.match(r"--?[A-Za-z]", word):
