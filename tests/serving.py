@@ -7,15 +7,17 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
 import onnx
+import zmq
 from onnx import helper, numpy_helper
 from safetensors.numpy import load_file
 
 import tiny_bundle
+from tta_edge import wire
 from tta_edge.client import Client
 from tta_edge.wire import StreamStatus
 from tta_runtime import bundle as bundles
@@ -46,9 +48,15 @@ def steps(client: Client, count: int, name: str = "default", bundle: str = "defa
     return until(lambda: stream(client, name, bundle), lambda found: found.steps >= count)
 
 
+def manifest(path: Path) -> dict[str, Any]:
+    """A bundle's manifest as JSON values."""
+    form: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    return form
+
+
 def reseal(path: Path, **changes: object) -> None:
     """Make the manifest agree with the files again, with some of its fields changed."""
-    form = json.loads((path / "manifest.json").read_text())
+    form = manifest(path)
     (path / "manifest.json").unlink()
     bundles.seal(path, manifests.decode(json.dumps({**form, **changes}).encode()))
 
@@ -99,7 +107,7 @@ def other_source(path: Path) -> None:
     }
     (path / "theta.safetensors").unlink()
     bundles.write_tensors(path / "theta.safetensors", tensors)
-    form = json.loads((path / "manifest.json").read_text())
+    form = manifest(path)
     layout = manifests.decode((path / "manifest.json").read_bytes()).theta
     digest = thetas.digest(layout, thetas.pack(layout, tensors))
     reseal(path, theta={**form["theta"], "digest": digest})
@@ -127,3 +135,31 @@ class Link:
         new = self.path.with_suffix(".new")
         new.symlink_to(target)
         os.replace(new, self.path)
+
+
+class Pipe:
+    """A client that sends several requests before it reads, so that they wait together; a context."""
+
+    def __init__(self, endpoint):
+        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.connect(endpoint)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def send(self, number, array, **fields):
+        message = wire.Predict(id=number, x=wire.declare(array), **fields)
+        self.socket.send_multipart(wire.encode(message, {"x": array}))
+
+    def replies(self, count):
+        found = {}
+        for _ in range(count):
+            assert self.socket.poll(PATIENCE_S * 1e3), "no reply"
+            received = wire.decode_reply(self.socket.recv_multipart())
+            assert received.message.id not in found
+            found[received.message.id] = received
+        return found

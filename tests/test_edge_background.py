@@ -8,12 +8,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import zmq
 
 import serving
 import tiny_bundle
 from running import running
-from serving import PATIENCE_S, steps, stream, until
+from serving import PATIENCE_S, Pipe, steps, stream, until
 from tta_edge import errors, wire
 from tta_edge.client import Client
 from tta_edge.config import BundleConfig
@@ -278,34 +277,6 @@ def test_stopping_in_the_middle_of_a_step_saves_what_is_committed(slow, tmp_path
 
 
 # --- requests that share a run --------------------------------------------------------------------
-
-
-class Pipe:
-    """A client that sends several requests before it reads, so that they wait together."""
-
-    def __init__(self, endpoint):
-        self.socket = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.linger = 0
-        self.socket.connect(endpoint)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.socket.close()
-
-    def send(self, number, array, **fields):
-        message = wire.Predict(id=number, x=wire.declare(array), **fields)
-        self.socket.send_multipart(wire.encode(message, {"x": array}))
-
-    def replies(self, count):
-        found = {}
-        for _ in range(count):
-            assert self.socket.poll(PATIENCE_S * 1e3), "no reply"
-            received = wire.decode_reply(self.socket.recv_multipart())
-            assert received.message.id not in found
-            found[received.message.id] = received
-        return found
 
 
 def test_waiting_requests_of_one_stream_share_a_run_and_get_what_single_ones_get(bundle):

@@ -323,7 +323,7 @@ class Clock:
 
 
 def test_a_budget_is_charged_what_steps_really_took(engines):
-    """A step takes 0.01 s of the clock: at a quarter of the time the next may begin 0.04 s later, not before."""
+    """A step takes 0.01 s of the clock: at a quarter of the time one may begin each 0.04 s, not more often."""
     clock, begins = Clock(), []
 
     class Costly(Model):
@@ -341,4 +341,4 @@ def test_a_budget_is_charged_what_steps_really_took(engines):
     assert stepper.idle(PATIENCE_S)
     stepper.close(PATIENCE_S)
     assert one.model.steps == 4
-    assert (np.diff(begins) >= 0.04).all()
+    assert begins[3] - begins[0] >= 3 * 0.04
