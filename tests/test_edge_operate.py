@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import tiny_bundle
-from running import daemon, run_cli, running
+from running import REPOSITORY, daemon, process_environment, run_cli, running
 from snapshots import files
 from tta_edge.cli import main
 from tta_edge.client import Client
+from tta_edge.exit_codes import ExitCode
 from tta_edge.status_view import duration, events_view, findings, status_form, status_view, streams_view
 from tta_edge.wire import BundleStatus, EventEntry, Requests, StatusReply, StreamStatus
 
@@ -180,8 +184,6 @@ def test_reload_serves_what_is_there_now(edge, bundle, tmp_path):
 
 
 def test_sighup_reloads(bundle):
-    import signal
-
     with daemon(bundle, "--method", "tent") as process, Client(process.endpoint, timeout_s=30) as client:
         process.process.send_signal(signal.SIGHUP)
         # A reload of ours comes after that one, or is refused while it runs: then it is asked for again.
@@ -296,11 +298,6 @@ def test_the_endpoint_may_come_from_the_environment(served):
 
 
 def test_a_closed_pipe_is_no_defect(served):
-    import subprocess
-    import sys
-
-    from running import REPOSITORY, process_environment
-
     line = f"{sys.executable} -m tta_edge status --to {served.endpoint} | true"
     done = subprocess.run(
         ["bash", "-c", line],
@@ -374,6 +371,19 @@ def test_what_is_broken_comes_before_what_is_chosen():
     assert [found.bad for found in findings(reply)] == [True, True, False]
 
 
+def test_many_findings_are_counted_and_not_shown():
+    reply = status(*(stream(f"cam{k}", state="frozen") for k in range(20)))
+    assert len(findings(reply)) == 20
+    text = shown(status_view(reply, NOBODY))
+    assert text.count("suspended by its guards") == 8
+    assert "and 12 more like these" in text
+
+
+def test_failed_requests_are_told_by_their_codes():
+    reply = status(requests=Requests(ok=5, failed=3, failures={"busy": 2, "draining": 1}))
+    assert "5 ok, 3 failed (busy 2, draining 1)" in shown(status_view(reply, NOBODY))
+
+
 def test_the_fix_names_the_bundle_where_there_are_several():
     both = [
         BundleStatus(name=name, model_id="m", digest="1" * 64, method="tent", provider="cpu", loads=1)
@@ -391,6 +401,24 @@ def test_numbers_that_json_does_not_have_become_null():
     assert form["streams"][0]["distance"] is None
     assert form["streams"][0]["entropy"] is None
     assert form["latency_ms"] == {"p50": 1.0, "p99": 2.0}
+
+
+def test_the_documented_form_is_the_real_one():
+    page = (REPOSITORY / "docs" / "commands.md").read_text()
+    shown = json.loads(page.split("```json\n")[1].split("```")[0])
+    real = status_form(status(stream(), latency_ms={"p50": 1.0, "p99": 2.0}))
+
+    def keys(value):
+        if isinstance(value, dict):
+            return {key: keys(each) for key, each in value.items()}
+        return [keys(each) for each in value] if isinstance(value, list) else None
+
+    assert keys(shown) == keys(real)
+
+
+def test_the_documented_exit_codes_are_the_real_ones():
+    page = (REPOSITORY / "docs" / "commands.md").read_text()
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)} == {int(code) for code in ExitCode}
 
 
 def test_what_comes_from_clients_is_never_taken_for_markup():

@@ -172,7 +172,7 @@ def test_watching_ends_when_it_is_told_and_gives_the_last_view(bundle):
 def test_once_prints_one_frame_and_saves_it_as_a_picture(bundle, tmp_path):
     with running(bundle, method="tent") as server:
         with Client(server.endpoint) as client:
-            client.predict(samples(), stream="<cam&1>".strip("<>").replace("&", "-"))
+            client.predict(samples(), stream="cam-1")
         picture = tmp_path / "top.svg"
         done = run_cli("top", "--once", "--to", server.endpoint, "--interval-s", "0.1", "--svg", picture)
         assert done.returncode == 0, done.stderr
@@ -180,6 +180,7 @@ def test_once_prints_one_frame_and_saves_it_as_a_picture(bundle, tmp_path):
         assert re.search(r"samples +\d+/s", done.stdout)
         assert xml.dom.minidom.parse(str(picture)).documentElement.tagName == "svg"
         assert "cam-1" in picture.read_text()
+        assert "url(http" not in picture.read_text(), "looking at a picture calls nobody"
         form = json.loads(run_cli("top", "--json", "--to", server.endpoint, "--interval-s", "0.1").stdout)
         assert form["requests_per_s"] >= 0
 

@@ -33,6 +33,7 @@ VECTORS = 2 + CHECKPOINTS
 """Thetas (and states) of a stream: the active one, the one before it, the checkpoints."""
 OBJECTS_BYTES = 24 * 1024
 """Of a stream beside its arrays: the model, its guards and counters, in Python objects."""
+POLL_S = 0.05
 MEASURE_S = 60.0
 """Longest time for the requests of a measurement."""
 MIN_STEPS, MIN_REQUESTS, MAX_REQUESTS = CHECKPOINTS + 2, 8, 64
@@ -187,28 +188,37 @@ def measure(config: Config, batch: int) -> StatusReply:
     """
     with tempfile.TemporaryDirectory(prefix="tta-doctor-") as folder:
         file = Path(folder, "edge.toml")
-        # What is held after each step being a checkpoint is what is held later, and is there sooner.
+        # Steps and checkpoints come sooner than they will; what is held after them is the same.
         changed = msgspec.structs.replace(
             config, bind="tcp://127.0.0.1:0", http=HTTP_OFF, state_dir=str(Path(folder, "state")), ready_file=None,
             checkpoint_steps=1, log_level="error", log_format="text", adapt=True,
+            policy="inline" if config.policy == "inline" else "always",
         )  # fmt: skip
         file.write_text(toml_of(absolute(changed)), encoding="utf-8")
         with daemon("--config", str(file)) as endpoint, Client(endpoint, timeout_s=MEASURE_S) as client:
             for bundle in client.status().bundles:
-                _exercise(client, bundle.name, batch, config.seed)
+                _exercise(client, bundle.name, batch, changed)
             return client.status()
 
 
-def _exercise(client: Client, bundle: str, batch: int, seed: int) -> None:
-    info = client.info(bundle)
-    size = min(info.limits.batch or batch, info.limits.max_batch)
-    rng, end_s = np.random.default_rng(seed), time.monotonic() + MEASURE_S
+def _exercise(client: Client, bundle: str, batch: int, config: Config) -> None:
+    limits, spec = client.info(bundle).limits, client.info(bundle).input
+    step_size = limits.batch or max(config.step_batch, limits.min_batch)
+    rng, end_s = np.random.default_rng(config.seed), time.monotonic() + MEASURE_S
     for done in range(1, MAX_REQUESTS + 1):
-        _send(client, noise(info.input, size, rng), bundle)
-        (stream,) = (each for each in client.status().streams if (each.bundle, each.id) == (bundle, STREAM))
+        _send(client, noise(spec, min(limits.batch or batch, limits.max_batch), rng), bundle)
+        # A step in the background comes when nothing else is to be done: the next request waits for it.
+        while (stream := _stream(client, bundle)).window >= step_size and time.monotonic() < end_s:
+            Event().wait(POLL_S)
         stepped = stream.steps >= MIN_STEPS or stream.state == "source"
         if (done >= MIN_REQUESTS and stepped) or time.monotonic() > end_s:
             return
+
+
+def _stream(client: Client, bundle: str) -> StreamStatus:
+    """Our stream of a bundle."""
+    found = {(each.bundle, each.id): each for each in client.status().streams}
+    return found[bundle, STREAM]
 
 
 def _send(client: Client, x: NDArray[Any], bundle: str) -> None:
@@ -217,7 +227,7 @@ def _send(client: Client, x: NDArray[Any], bundle: str) -> None:
         try:
             client.predict(x, STREAM, bundle)
         except Busy as busy:
-            Event().wait(busy.retry_after_s or 0.05)
+            Event().wait(busy.retry_after_s or POLL_S)
         else:
             return
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tta_edge.events import Reason
-from tta_edge.wire import EventEntry, StatusReply, StreamStatus
+from tta_edge.wire import EventEntry, Requests, StatusReply, StreamStatus
 from tta_runtime import errors
 
 STATE_STYLES = {"adapting": "green", "frozen": "bold red", "source": "dim", "off": "yellow"}
@@ -29,6 +29,8 @@ STATE_ERRORS = frozenset(
     if isinstance(kind, type) and issubclass(kind, errors.StateError)
 ) - {reason.value for reason in Reason}
 """Why the daemon sets a state file aside instead of using it."""
+MAX_FINDINGS = 8
+"""That are shown; a daemon whose streams are all suspended would fill the screen."""
 ADDRESS = frozenset({"id", "type"})
 """Fields that belong to the exchange of messages and not to what they say."""
 
@@ -137,13 +139,12 @@ def status_view(status: StatusReply, to: str) -> RenderableType:
 def facts(status: StatusReply, to: str) -> RenderableType:
     """The figures of the whole daemon, one in a line."""
     table = Table.grid(padding=(0, 3))
-    requests, failures = status.requests, status.requests.failures
-    codes = ", ".join(f"{code} {count}" for code, count in Counter(failures).most_common(4))
+    requests = status.requests
     table.add_row("daemon", f"tta-edge {status.version} at {to}, up {duration(status.uptime_s)}")
     table.add_row("adaptation", f"{'on' if status.adapt else 'off'}, policy {status.policy}")
     table.add_row(
         "requests",
-        f"{requests.ok} ok, {requests.failed} failed{f' ({codes})' if codes else ''}, {requests.open} open",
+        f"{requests.ok} ok, {requests.failed} failed{failure_codes(requests)}, {requests.open} open",
     )
     table.add_row("latency", latency(status))
     table.add_row("memory", decimal(status.rss_bytes))
@@ -157,6 +158,12 @@ def facts(status: StatusReply, to: str) -> RenderableType:
 
 
 NOTHING_KEPT = "in memory only: a restart forgets what streams learn (set state_dir)"
+
+
+def failure_codes(requests: Requests) -> str:
+    """The commonest reasons of failed requests, in brackets; empty where there are none."""
+    codes = ", ".join(f"{code} {count}" for code, count in Counter(requests.failures).most_common(3))
+    return f" ({codes})" if codes else ""
 
 
 def latency(status: StatusReply) -> str:
@@ -223,13 +230,17 @@ def events_view(events: Sequence[EventEntry]) -> RenderableType:
 
 
 def finding_lines(found: Sequence[Finding]) -> list[Text]:
-    """Each finding and its fix, under an empty line."""
-    lines = [
-        Text.assemble(("! " if finding.bad else "- ", style), (finding.what, style), f". {finding.fix}.")
-        for finding in found
-        for style in ("red" if finding.bad else "yellow",)
-    ]
-    return [Text(), *lines] if lines else []
+    """Each finding and its fix, under an empty line; how many are left out is said."""
+    if not found:
+        return []
+    lines = [Text()]
+    for finding in found[:MAX_FINDINGS]:
+        style = "red" if finding.bad else "yellow"
+        lines.append(
+            Text.assemble(("! " if finding.bad else "- ", style), (finding.what, style), f". {finding.fix}.")
+        )
+    left = len(found) - MAX_FINDINGS
+    return [*lines, Text(f"and {left} more like these", style="dim")] if left > 0 else lines
 
 
 def plain_table(*columns: str) -> Table:

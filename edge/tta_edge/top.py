@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,10 @@ from tta_edge.commands_stream import OutputUnwritable
 from tta_edge.status_view import (
     ACTION_STYLES,
     duration,
+    failure_codes,
     finding_lines,
     findings,
     form_of,
-    latency,
     number,
     plain_table,
     state,
@@ -236,7 +237,9 @@ def _gone(view: View) -> Text:
 
 def _title(view: View, status: StatusReply) -> Text:
     on = ("adaptation on", "green") if status.adapt else ("adaptation OFF", "bold yellow")
-    bundles = ", ".join(f"{bundle.model_id} ({bundle.provider})" for bundle in status.bundles)
+    bundles = ", ".join(
+        f"{bundle.name}: {bundle.model_id}, {bundle.method}, {bundle.provider}" for bundle in status.bundles
+    )
     return Text.assemble(
         (f"tta-edge {status.version}", "bold"), f"  {view.to}  up {duration(status.uptime_s)}  ", on,
         f"  policy {status.policy}  {bundles}",
@@ -245,25 +248,33 @@ def _title(view: View, status: StatusReply) -> Text:
 
 def _figures(view: View, status: StatusReply) -> Table:
     table = Table.grid(padding=(0, 3))
-    speed = view.rates
-    failed = Text(f"{status.requests.failed} failed", style="yellow" if status.requests.failed else "dim")
+    speed, requests = view.rates, status.requests
+    failed = f"{requests.failed} failed{failure_codes(requests)}"
     table.add_row(
         "requests", f"{speed.requests:.1f}/s" if speed else "-",
-        Text.assemble(f"{status.requests.ok} ok, ", failed, f", {status.requests.open} open"),
+        Text.assemble(
+            f"{requests.ok} ok, ", (failed, "yellow" if requests.failed else "dim"), f", {requests.open} open"
+        ),
     )  # fmt: skip
     top = max(view.history, default=0.0) or 1.0
     bars = sparkline([value / top for value in view.history], HISTORY)
     table.add_row("samples", f"{speed.samples:.0f}/s" if speed else "-", Text(bars, style="cyan"))
+    median, tail = (status.latency_ms.get(name) for name in ("p50", "p99"))
+    table.add_row(
+        "latency",
+        "-" if median is None else f"{median:.1f} ms",
+        f"median; 99 % within {number(tail, 1)} ms",
+    )
     where = f"{len(status.streams)} streams in memory, {status.stored_streams} more on disk"
     table.add_row("memory", decimal(status.rss_bytes), where)
-    table.add_row("latency", "", latency(status))
     return table
 
 
 def _streams(view: View, status: StatusReply, rows: int) -> RenderableType:
+    several = len(status.bundles) > 1
     table = plain_table(
-        "stream", "bundle", "method", "state", ">samples/s", ">steps", ">waiting", ">distance", ">entropy", "",
-        ">diversity", "last event",
+        "stream", *(["bundle"] if several else []), "state", ">samples/s", ">steps", ">waiting", ">distance",
+        ">entropy", "", ">diversity", ">agreement", "last event",
     )  # fmt: skip
     ordered = by_activity(status.streams, view.rates)
     for stream in ordered[:rows]:
@@ -271,9 +282,9 @@ def _streams(view: View, status: StatusReply, rows: int) -> RenderableType:
         trend = view.trends.get(key_of(stream), ())
         bars = sparkline([value / (max(trend) or 1.0) for value in trend], TREND)
         table.add_row(
-            stream.id, stream.bundle, stream.method, state(stream), number(speed, 0), str(stream.steps),
+            stream.id, *([stream.bundle] if several else []), state(stream), number(speed, 0), str(stream.steps),
             str(stream.window), f"{stream.distance:.4f}", number(stream.entropy, 3), Text(bars, style="cyan"),
-            number(stream.diversity, 2), stream.last_event or "-",
+            number(stream.diversity, 2), number(stream.agreement, 2), stream.last_event or "-",
             style="" if speed is None or speed > 0 else "dim",
         )  # fmt: skip
     left = len(ordered) - rows
@@ -337,6 +348,8 @@ def save_svg(file: Path, view: View) -> None:
     )
     console.print(frame(view))
     try:
-        write_atomic(file, console.export_svg(title="tta-edge top").encode())
+        # Without the fonts that rich would fetch from the web: looking at a picture calls nobody.
+        picture = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="tta-edge top"), flags=re.DOTALL)
+        write_atomic(file, picture.encode())
     except OSError as error:
         raise OutputUnwritable(f"cannot write {file}: {error.strerror}", "Name another file") from error
