@@ -22,6 +22,7 @@ from tta_edge.wire import StreamState
 from tta_runtime import theta as thetas
 from tta_runtime.errors import BatchTooSmall, EngineError, NonFinite, StaleBase, WrongBatch
 from tta_runtime.model import Checkpoint, Model, Step
+from tta_runtime.state_file import MAX_NOTES
 
 CHECKPOINTS = 2
 """Good states of a stream that are kept to return to."""
@@ -286,6 +287,7 @@ class Stream:
             self._strikes = self._calm = 0
             self._to_source()
             self._tell("reset", reason, detail)
+            self._returned(None)
 
     def roll_back(self, reason: Reason = Reason.REQUESTED, detail: str = "asked for by a client") -> bool:
         """Return theta and state together to the newest checkpoint; a further call to the one before.
@@ -299,10 +301,10 @@ class Stream:
                 checkpoint = self.checkpoints.pop()
                 self.model.restore(checkpoint)
                 self.monitor.clear()
-                self._keeper.returned(self, checkpoint, self.notes())
             else:
                 self._to_source()
             self._tell("rollback", reason, f"{detail}; now at {self.model.steps} steps")
+            self._returned(self.model.checkpoint if found else None)
             return found
 
     def resume(self, checkpoint: Checkpoint, notes: str, *, before: Checkpoint | None, restored: str) -> None:
@@ -322,6 +324,13 @@ class Stream:
             self.restored = restored
             self._take_notes(notes)
 
+    def record(self, event: Event) -> None:
+        """Count something that happened to this stream, and tell of it."""
+        with self._lock:
+            self.counts[event.reason] += 1
+            self.last_event = f"{event.action}: {event.reason}"
+        self._tell_all(event)
+
     def notes(self) -> str:
         """What must survive beside theta and state, so that the guards decide as if nothing had been."""
         with self._lock:
@@ -334,12 +343,18 @@ class Stream:
                 "last_event": self.last_event,
                 "monitor": self.monitor.notes(),
             }
-            return msgspec.json.encode(form).decode()
+            notes = msgspec.json.encode(form).decode()
+            if (
+                len(notes) > MAX_NOTES
+            ):  # with tens of thousands of classes; such a file could not be read again
+                notes = msgspec.json.encode({**form, "monitor": None}).decode()
+            return notes
 
     def _take_notes(self, notes: str) -> None:
         try:
             form = msgspec.json.decode(notes) if notes else {}
-            self.monitor.take_notes(form["monitor"])
+            if form["monitor"] is not None:
+                self.monitor.take_notes(form["monitor"])
             self.enabled, self.suspended = bool(form["enabled"]), bool(form["suspended"])
             self._strikes, self._calm = int(form["strikes"]), int(form["calm"])
             self.counts = Counter({str(name): int(count) for name, count in form["counts"].items()})
@@ -366,15 +381,20 @@ class Stream:
             self.suspended = True
             self._to_source()
             self._tell("suspend", Reason.COLLAPSE, f"{self._strikes} collapses; reset it or switch it on")
+            self._returned(None)
         return Reason.COLLAPSE
 
     def _to_source(self) -> None:
         self.model.reset()
         self.checkpoints.clear()
         self.monitor.clear()
-        # A stream that is as new leaves nothing behind; one that stays suspended must be found suspended again.
-        kept = self.model.checkpoint if self.suspended or not self.enabled else None
-        self._keeper.returned(self, kept, self.notes())
+
+    def _returned(self, checkpoint: Checkpoint | None) -> None:
+        """Have it saved that the stream went back: to a checkpoint, or to the source."""
+        if checkpoint is None and (self.suspended or not self.enabled):
+            # A stream that is as new leaves nothing behind; one that stays suspended must be found so again.
+            checkpoint = self.model.checkpoint
+        self._keeper.returned(self, checkpoint, self.notes())
 
     def _step(self, x: NDArray[Any]) -> tuple[Step | None, Reason | None]:
         """A committed step, or why there is none."""
@@ -432,6 +452,4 @@ class Stream:
         return self.model.predict(x).logits, Reason.NON_FINITE_LOGITS
 
     def _tell(self, action: str, reason: Reason, detail: str) -> None:
-        self.counts[reason.value] += 1
-        self.last_event = f"{action}: {reason.value}"
-        self._tell_all(Event(self.bundle, self.name, action, reason.value, detail))
+        self.record(Event(self.bundle, self.name, action, reason.value, detail))
