@@ -195,7 +195,8 @@ class _Directory:
 
     def entries(self) -> list[dict[str, Any]]:
         """What may be found: each change that was not synced is there or not, independently of the others."""
-        assert len(self.pending) <= 10, "too many directory changes wait for a sync"
+        if len(self.pending) > 10:
+            raise OverflowError("too many directory changes wait for a sync")
         return [
             self.after(itertools.compress(self.pending, kept))
             for kept in itertools.product((False, True), repeat=len(self.pending))

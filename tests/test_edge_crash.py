@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 import random
+import shutil
 import signal
 import statistics
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tiny_bundle
-from disks import Crashing, History, every_call_is_watched
-from running import PATIENCE_S
+from disks import (
+    Call,
+    Crashing,
+    Failing,
+    History,
+    PowerLoss,
+    Recording,
+    Unsynced,
+    every_call_is_watched,
+    plant,
+)  # fmt: skip
+from running import PATIENCE_S, running
+from snapshots import files
+from tta_edge.adapt import Guards, Stream
 from tta_edge.client import Client
-from tta_edge.errors import ConnectionLost, DeadlineExceeded, UnknownStream, Unreachable
-from tta_runtime import Bundle, theta
+from tta_edge.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    StateDirUnusable,
+    TooManyStreams,
+    UnknownStream,
+    Unreachable,
+)
+from tta_edge.store import StateStore
+from tta_runtime import Bundle, Engines, Model, theta
+from tta_runtime.slots import SLOTS
 
 X, _ = tiny_bundle.samples(16, seed=3, shift=1.0)
 RESTART_S = 2.0
@@ -28,6 +55,17 @@ def bundle(tmp_path_factory):
     path = tmp_path_factory.mktemp("bundles") / "tiny"
     tiny_bundle.build(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def engines(bundle):
+    return Engines.load(bundle)
+
+
+def quick(tmp_path):
+    """A directory in memory where there is one: thousands of files are made that no power cut will meet."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +316,272 @@ def test_killed_at_fifty_random_moments(bundle, tmp_path, layout):
     restarts = kill_at_random(bundle, tmp_path, layout, rounds=50, seed=2)
     report(restarts)
     assert statistics.median(restarts) < RESTART_S
+
+
+# --- power cuts ---------------------------------------------------------------------------------------
+
+
+class Journal:
+    """A workload on a recorded state directory, with what may be found after a cut at each call.
+
+    Attributes:
+        disk: the recording.
+        allowed: for each recorded call, what may be found of each stream and of the switch.
+    """
+
+    def __init__(self, engines, root):
+        self.disk = Recording()
+        self.root = root
+        self.engines = engines
+        self.store = StateStore(root, lambda _: None, disk=self.disk)
+        self.allowed = []
+        self._now = {"switch": {True}}
+        self._fill()
+
+    def stream(self, name):
+        return new_stream(self.engines, name)
+
+    def doing(self, what, then, act):
+        """Carry out what leads from what is committed to `then`; in between both may be found."""
+        was = self._now.get(what, {self.engines.bundle.manifest.theta.digest})
+        self._now[what] = was | {then}
+        act()
+        self._fill()
+        self._now[what] = {then}
+        self.disk.calls.append(Call("mark", ""))
+        self._fill()
+
+    def save(self, stream, *, alone=False):
+        checkpoint = stream.model.checkpoint
+        self.doing(
+            stream.name, stream.model.digest, lambda: self.store.save(stream, checkpoint, "", alone=alone)
+        )
+
+    def spoil(self, path, data):
+        path.write_bytes(data)
+        self.disk.calls.append(Call("spoil", str(path), data))
+
+    def _fill(self):
+        missing = len(self.disk.calls) - len(self.allowed)
+        self.allowed += [{what: set(found) for what, found in self._now.items()}] * missing
+
+
+def new_stream(engines, name, method="tent", **arguments):
+    return Stream(name, Model(engines, method), Guards(max_distance=1e9, reset_every_steps=0), **arguments)
+
+
+def work(journal):
+    """Everything that is ever done to a state directory."""
+    one, two = journal.stream("one"), journal.stream("two")
+    source = one.model.manifest.theta.digest
+    for _ in range(3):
+        one.answer(X)
+        journal.save(one)
+    two.answer(X)
+    journal.save(two)
+    one.answer(X)
+    journal.save(one, alone=True)  # a rollback
+    one.answer(X)
+    journal.save(one)
+    journal.doing("switch", False, lambda: journal.store.save_switch(False))
+    journal.doing("two", source, lambda: journal.store.clear(two))  # a reset
+    two.answer(X)
+    journal.save(two)
+    journal.doing("switch", True, lambda: journal.store.save_switch(True))
+    # A bit of the newer slot flips: the older one counts, the newer one goes to the quarantine, and it goes on.
+    slots = {name: journal.root / "streams/default/one" / name for name in SLOTS}
+    saved = {name: one.model.decode(path.read_bytes()) for name, path in slots.items()}
+    newer, older = sorted(saved, key=lambda name: -saved[name][1])
+    digest = theta.digest(one.model.manifest.theta, saved[older][0].theta)
+    damaged = bytearray(slots[newer].read_bytes())
+    damaged[-1] ^= 1
+    journal.doing("one", digest, lambda: journal.spoil(slots[newer], bytes(damaged)))
+    journal.store.discard(one)
+    journal.doing("one", digest, lambda: journal.store.load(one))
+    for _ in range(2):
+        one.answer(X)
+        journal.save(one)
+    journal.doing("one", source, lambda: journal.store.clear(one))
+
+
+def opened(engines, root, names):
+    """What a daemon would serve from a state directory: of each stream, and of the switch."""
+    told = []
+    store = StateStore(root, told.append, disk=Unsynced())
+    try:
+        found = {"switch": store.switch()}
+        for name in names:
+            stream = new_stream(engines, name)
+            restored = store.load(stream).restored
+            if restored is not None:
+                stream.resume(restored.checkpoint, restored.notes, before=None, restored=restored.slot)
+            found[name] = stream.model.digest
+        return found, told
+    finally:
+        store.close()
+
+
+def test_a_power_cut_at_any_call_leaves_what_was_committed(engines, tmp_path):
+    """After every call, with everything that was not synced there, in part, or not, in all combinations."""
+    base = quick(tmp_path)
+    root = base / "disk"
+    root.mkdir()
+    journal = Journal(engines, root / "state")
+    work(journal)
+    cut = PowerLoss(root)
+    trees = 0
+    seen = set()
+    for call, allowed in zip(journal.disk.calls, journal.allowed, strict=True):
+        cut.apply(call)
+        for tree in cut.trees():
+            key = (repr(sorted(tree.items(), key=lambda item: item[0])), repr(sorted(allowed.items())))
+            if key in seen:
+                continue
+            seen.add(key)
+            trees += 1
+            place = base / "after"
+            plant(tree, place)
+            for _ in range(2):  # and the second start finds the same as the first one left
+                found, told = opened(engines, place / "state", ("one", "two"))
+                for what, value in found.items():
+                    source = engines.bundle.manifest.theta.digest
+                    assert value in allowed.get(what, {source}), (call, what, sorted(tree), told)
+            shutil.rmtree(place)
+    print(f"{len(journal.disk.calls)} calls, {trees} trees")
+    assert trees > 100
+    shutil.rmtree(base)
+
+
+def test_the_power_cut_notices_a_missing_sync(engines, tmp_path, monkeypatch):
+    """The companion: without the fsync of the content the test above must fail."""
+    calls = {"sync", "sync_directory"}
+    for left_out in sorted(calls):
+        monkeypatch.setattr(Recording, left_out, getattr(Unsynced, left_out))
+        with pytest.raises(AssertionError):
+            test_a_power_cut_at_any_call_leaves_what_was_committed(engines, tmp_path / left_out)
+        monkeypatch.undo()
+
+
+# --- the n-th call fails ------------------------------------------------------------------------------
+
+
+def busy(client):
+    """Two streams, of which one is in memory; gives every digest that was answered."""
+    digests = []
+    for stream in ("s0", "s1", "s0", "s0", "s1", "s1", "s0", "s0"):
+        digests.append(insisting(lambda name=stream: client.predict(X, stream=name)).theta_digest)
+    insisting(lambda: client.rollback("s0"))
+    insisting(lambda: client.adapt(False))
+    insisting(lambda: client.adapt(True))
+    insisting(lambda: client.reset("s1"))
+    digests += [insisting(lambda: client.predict(X, stream="s1")).theta_digest for _ in range(3)]
+    return digests
+
+
+def insisting(ask):
+    """Ask again where a stream could not go to disk: nothing may be lost by that."""
+    try:
+        return ask()
+    except TooManyStreams:
+        return ask()
+
+
+def check_nth(bundle, root, nth, number, reference):
+    """Whether the n-th call failed. Answers, adaptation, events, the next start: all as without the failure."""
+    disk, refused = Failing(nth, number), None
+    config = {"state_dir": str(root), "max_streams": 1, "checkpoint_steps": 2, "max_distance": 1e6}
+    try:
+        with running(bundle, disk=disk, **config) as server, Client(server.endpoint) as client:
+            digests = busy(client)
+            streams = client.status().streams
+            failed_before = disk.failures
+            events = client.events(1000).events
+            while (
+                client.status().disk_error
+            ):  # it heals: what failed is written with the next job, or by itself
+                client.adapt(True, streams[-1].id)
+            last = {s.id: s.theta_digest for s in client.status().streams}
+    except StateDirUnusable as error:
+        refused = error
+        digests, last, failed_before, events = reference, {}, 0, []
+    if refused is not None:
+        assert os.strerror(number) in refused.cause
+        assert disk.failures == 1
+    assert digests == reference
+    assert sum(event.action == "disk" and event.reason == "disk-error" for event in events) <= failed_before
+    with running(bundle, **config) as server, Client(server.endpoint) as client:
+        status = client.status()
+        assert status.disk_error == ""
+        assert status.adapt
+        for stream in status.streams:
+            assert stream.theta_digest == last.get(stream.id, stream.theta_digest)
+        assert client.predict(X, stream="s0").steps > 0
+    return disk.failures > 0
+
+
+def undisturbed(bundle, root):
+    config = {"state_dir": str(root), "max_streams": 1, "checkpoint_steps": 2, "max_distance": 1e6}
+    with running(bundle, **config) as server, Client(server.endpoint) as client:
+        return busy(client)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, pytest.param(errno.ENOSPC, marks=pytest.mark.slow)])
+def test_whichever_call_fails_nothing_is_lost(bundle, tmp_path, number):
+    base = quick(tmp_path)
+    reference = undisturbed(bundle, base / "reference")
+    for nth in itertools.count(1):
+        if not check_nth(bundle, base / str(nth), nth, number, reference):
+            break
+    print(f"{nth - 1} calls failed, one at a time")
+    assert nth > 40
+    shutil.rmtree(base)
+
+
+def test_a_disk_that_stays_broken_is_told_once_and_adaptation_goes_on_in_memory(bundle, tmp_path):
+    disk = Failing(number=errno.ENOSPC)
+    config = {"state_dir": str(tmp_path / "state"), "checkpoint_steps": 2, "max_distance": 1e6}
+    with running(bundle, disk=disk, **config) as server, Client(server.endpoint) as client:
+        before = settled_after(client, 4)
+        saved = files(tmp_path / "state" / "streams")
+        disk.broken = True
+        assert not client.adapt(True, "default").durable
+        for step in range(5, 11):
+            reply = client.predict(X)
+            assert (reply.adapted, reply.steps) == (True, step)
+        assert not client.adapt(True, "default").durable
+        assert not client.adapt(False).durable
+        client.adapt(True)
+        status = client.status()
+        assert "No space left on device" in status.disk_error
+        assert [e.reason for e in client.events().events if e.action == "disk"] == ["disk-error"]
+        assert files(tmp_path / "state" / "streams") == saved, "the last commit is as it was"
+        assert reply.theta_digest != before
+        disk.broken = False
+        assert client.adapt(True, "default").durable
+        assert client.adapt(True).durable
+        assert client.status().disk_error == ""
+        assert [e.reason for e in client.events().events if e.action == "disk"] == ["disk-error", "disk-ok"]
+        last = client.predict(X).theta_digest
+    with running(bundle, **config) as server, Client(server.endpoint) as client:
+        assert client.status().streams[0].theta_digest == last
+
+
+def settled_after(client, steps):
+    forward(client, steps=steps)
+    return settled(client)
+
+
+def test_a_stream_that_cannot_go_to_disk_stays_and_adapts_on(bundle, tmp_path):
+    disk = Failing(number=errno.ENOSPC)
+    config = {"state_dir": str(tmp_path / "state"), "max_streams": 1, "max_distance": 1e6}
+    with running(bundle, disk=disk, **config) as server, Client(server.endpoint) as client:
+        last = forward(client, "s0", steps=3).theta_digest
+        disk.broken = True
+        with pytest.raises(TooManyStreams, match="No space left on device"):
+            client.predict(X, stream="s1")
+        (stream,) = client.status().streams
+        assert (stream.id, stream.theta_digest) == ("s0", last)
+        assert forward(client, "s0").steps == 4
+        disk.broken = False
+        assert forward(client, "s1").steps == 1
+        assert forward(client, "s0").steps == 5
