@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from running import run_cli
 from tta_edge.config import KEYS, Config, parse_bundles, parse_settings, resolve
 from tta_edge.options import given as flags_given
-from tta_edge.settings import field_docs, settings
+from tta_edge.settings import GROUPS, field_docs, settings
 from tta_runtime.errors import BadValue, ConfigError, UnknownKey
 
 
@@ -296,6 +296,29 @@ def test_check_and_show_refuse_what_serve_refuses(toml, text, code, words):
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"error ({code}): ")
         assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('bind = "127.0.0.1:5555"', "bad-endpoint"),
+        ('bind = "tcp://0.0.0.0:5555"', "remote-bind-refused"),
+        ('http = "5556"', "bad-endpoint"),
+        ('http = "0.0.0.0:5556"', "remote-bind-refused"),
+    ],
+)
+def test_check_refuses_addresses_that_serve_would_refuse(toml, text, code):
+    done = run_cli("config", "check", toml(text))
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"error ({code}): ")
+    assert run_cli("config", "check", toml(f"allow_remote = true\n{text}")).returncode == (
+        3 if code == "bad-endpoint" else 0
+    )
+
+
+def test_every_setting_has_a_group_whose_first_key_exists():
+    assert set(GROUPS) <= set(KEYS)
+    assert {setting.group for setting in settings().values()} == set(GROUPS.values())
 
 
 def test_check_looks_at_the_file_alone(toml):

@@ -285,9 +285,11 @@ def test_usable_cores(tmp_path, written, cores):
 
 
 def test_more_threads_than_cores_are_a_warning():
-    assert machine.threads(Config(threads=8), 2).verdict is WARN
-    assert machine.threads(Config(threads=2), 2).verdict is OK
-    share = machine.threads(Config(), 0.5)
+    assert machine.threads(Config(threads=8), 2, 2.0).verdict is WARN
+    assert machine.threads(Config(threads=2), 2, 2.0).verdict is OK
+    assert "1 for answers and 1 for steps" in machine.threads(Config(policy="always"), 2, 2.0).text
+    assert machine.threads(Config(policy="always"), 1, 1.0).verdict is OK
+    share = machine.threads(Config(), 4, 0.5)
     assert (share.verdict, "Set threads to 1" in share.fix) == (WARN, True)
 
 

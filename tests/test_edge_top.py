@@ -26,7 +26,7 @@ from tta_edge.client import Client
 from tta_edge.commands_stream import OutputUnwritable
 from tta_edge.errors import Unreachable
 from tta_edge.terminal import Keys
-from tta_edge.top import EVENTS, Monitor, View, by_activity, frame, frame_form, rates, save_svg, watch
+from tta_edge.top import EVENTS, Feed, View, by_activity, frame, frame_form, rates, save_svg, watch
 from tta_edge.wire import EventEntry, Requests
 
 
@@ -131,23 +131,23 @@ def test_a_frame_as_json_is_json():
 
 
 def test_a_monitor_finds_its_daemon_again(bundle):
-    with daemon(bundle, "--method", "tent") as first, Monitor(first.endpoint, timeout_s=1.0) as monitor:
+    with daemon(bundle, "--method", "tent") as first, Feed(first.endpoint, timeout_s=1.0) as feed:
         with Client(first.endpoint) as client:
             client.predict(samples(), stream="cam1")
-        assert monitor.poll().rates is None
-        assert monitor.poll().rates is not None
+        assert feed.poll().rates is None
+        assert feed.poll().rates is not None
         first.stop(signal.SIGKILL)
-        gone = monitor.poll()
+        gone = feed.poll()
         assert gone.error is not None
         assert [each.id for each in gone.status.streams if each.id == "cam1"], "its last figures stay"
         assert gone.rates is None
         with daemon(bundle, "--method", "tent", bind=first.endpoint):
-            back = monitor.poll()
+            back = feed.poll()
             while back.error is not None:
-                back = monitor.poll()
+                back = feed.poll()
             assert back.rates is None, "a difference to another run means nothing"
             assert "cam1" not in {each.id for each in back.status.streams}
-            assert monitor.poll().rates is not None
+            assert feed.poll().rates is not None
 
 
 def test_watching_ends_when_it_is_told_and_gives_the_last_view(bundle):
@@ -160,8 +160,8 @@ def test_watching_ends_when_it_is_told_and_gives_the_last_view(bundle):
             return not self.left
 
     console = Console(width=160, file=io.StringIO(), markup=False)
-    with running(bundle, method="tent") as server, Monitor(server.endpoint, timeout_s=5.0) as monitor:
-        view = watch(monitor, console, Twice(), 0.1)
+    with running(bundle, method="tent") as server, Feed(server.endpoint, timeout_s=5.0) as feed:
+        view = watch(feed, console, Twice(), 0.1)
     assert view.rates is not None
     assert "policy inline" in console.file.getvalue()
 

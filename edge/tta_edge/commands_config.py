@@ -59,14 +59,18 @@ def show(
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML file of settings.", show_default=False)],
 ) -> None:
-    """Say whether a file of settings is right: its keys, their types and ranges. Ends with 2 if it is not.
+    """Say whether a file of settings is right: its keys, their types and ranges, and its addresses.
 
     Example: tta-edge config check edge.toml
     """
-    from tta_edge.config import resolve
+    from tta_edge.config import HTTP_OFF, resolve
+    from tta_edge.endpoint import check_bind
 
-    origin = resolve(file=file).origin
-    keys = [key for key, place in origin.items() if place != "default" and "." not in key]
+    resolved = resolve(file=file)
+    wanted = resolved.config
+    for place in (wanted.bind, *([] if wanted.http == HTTP_OFF else [f"tcp://{wanted.http}"])):
+        check_bind(place, allow_remote=wanted.allow_remote)
+    keys = [key for key, place in resolved.origin.items() if place != "default" and "." not in key]
     typer.echo(f"{file} is right and sets {', '.join(keys) or 'nothing'}")
 
 

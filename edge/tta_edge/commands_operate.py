@@ -201,20 +201,20 @@ def top(
     Example: tta-edge top --to tcp://127.0.0.1:5555 --interval-s 1
     """
     from tta_edge.terminal import Keys
-    from tta_edge.top import Monitor, check_output, frame, frame_form, save_svg, watch
+    from tta_edge.top import Feed, check_output, frame, frame_form, save_svg, watch
 
     check_output(svg)
     live = not (once or as_json)
     console = _console()
-    with Monitor(to, timeout_s=timeout_s) as monitor, Keys(sys.stdin) as keys:
+    with Feed(to, timeout_s=timeout_s) as feed, Keys(sys.stdin) as keys:
         if live:
-            view = watch(monitor, console, keys, interval_s)
+            view = watch(feed, console, keys, interval_s)
         else:
-            monitor.poll()
-            if monitor.view.error is not None:
-                raise monitor.view.error
+            feed.poll()
+            if feed.view.error is not None:
+                raise feed.view.error
             keys.ended(interval_s)  # rates are differences: a frame by itself has none
-            view = monitor.poll()
+            view = feed.poll()
     if as_json:
         _print_json(frame_form(view))
     elif not live:

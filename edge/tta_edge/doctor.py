@@ -56,7 +56,8 @@ def _with(config: Config, batch: int, *, measure: bool) -> Iterator[Check]:
         good = good and passed(found)
         if manifest is not None:
             slot_bytes = max(slot_bytes, stored_bytes(manifest, wanted.method or manifest.default_method))
-    yield machine.threads(config, machine.usable_cores())
+    cores = hosting.usable_cores()
+    yield machine.threads(config, cores, machine.usable_cores(cores))
     running = machine.whoever_answers(config.bind)
     yield machine.disk(config, running, slot_bytes=slot_bytes)
     yield from machine.ports(config, running)

@@ -24,6 +24,7 @@ from tta_edge.checks import Check, fail, ok, warn
 from tta_edge.config import HTTP_OFF, Config
 from tta_edge.endpoint import check_bind, parse
 from tta_edge.errors import StartError
+from tta_edge.hosting import divide
 from tta_edge.wire import StatusReply
 from tta_runtime.errors import TtaError
 
@@ -36,6 +37,8 @@ MIN_FILES, FEW_FILES = 64, 1024
 YEARS = range(2025, 2100)
 TICK_S = 1.0
 """Longest wait for a clock to go on."""
+ANSWER_S = 1.0
+"""Longest wait for whoever listens at the address already."""
 CGROUP = Path("/sys/fs/cgroup")
 LOCK = "lock"
 """Name of the lock file in a state directory."""
@@ -125,13 +128,10 @@ def onnxruntime(versions: Versions = metadata.version) -> Check:
 # --- cores ------------------------------------------------------------------------------------------
 
 
-def usable_cores(affinity: int | None = None, cgroup: Path = CGROUP) -> float:
-    """Cores that this process may use: those it may run on, or the share that its cgroup allows, if less."""
-    if affinity is None:
-        has = hasattr(os, "sched_getaffinity")
-        affinity = len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
-    share = _quota(cgroup)
-    return affinity if share is None else min(float(affinity), share)
+def usable_cores(cores: int, cgroup: Path = CGROUP) -> float:
+    """Of the cores that this process may run on, the share that its cgroup allows."""
+    quota = _quota(cgroup)
+    return cores if quota is None else min(float(cores), quota)
 
 
 def _quota(cgroup: Path) -> float | None:
@@ -145,18 +145,23 @@ def _quota(cgroup: Path) -> float | None:
     return None
 
 
-def threads(config: Config, cores: float) -> Check:
-    """The engines have no more threads than there are cores."""
-    text = f"{cores:g} cores can be used, threads is {config.threads or 'not set: one for each core'}"
-    most = max(1, int(cores))
-    if config.threads is not None and config.threads > most:
+def threads(config: Config, cores: int, usable: float) -> Check:
+    """The engines have no more threads than there are cores.
+
+    Args:
+        config: how many are wanted, and whether answers and steps have their own.
+        cores: that the daemon counts.
+        usable: of them.
+    """
+    shares = divide(config, cores)
+    inline = config.policy == "inline"
+    split = f"{shares.serve}" if inline else f"{shares.serve} for answers and {shares.step} for steps"
+    text = f"{usable:g} cores can be used, the engines get {split}"
+    wanted = max(shares.serve, shares.step) if inline else shares.serve + shares.step
+    least = 1 if inline else 2  # with fewer cores there is nothing to divide
+    most = max(least, int(usable))
+    if wanted > most:
         return warn("threads", text, f"Set threads to {most}: more only wait for each other")
-    if config.threads is None and cores < (os.cpu_count() or 1):
-        return warn(
-            "threads",
-            f"{text}, and this machine has {os.cpu_count()}",
-            f"Set threads to {most}, the daemon's share",
-        )
     return ok("threads", text)
 
 
@@ -292,11 +297,12 @@ def whoever_answers(bind: str) -> StatusReply | None:
     from tta_edge.client import Client
 
     try:
-        if parse(bind)[1] in ("0", "*"):
-            return None
-        with Client(bind, timeout_s=1.0) as client:
+        host, number = parse(bind)
+        with socket.create_connection((host, int(number)), ANSWER_S):
+            pass  # somebody listens; asking where nobody does would take the whole timeout
+        with Client(bind, timeout_s=ANSWER_S) as client:
             return client.status()
-    except TtaError:
+    except (OSError, ValueError, TtaError):
         return None
 
 

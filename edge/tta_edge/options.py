@@ -76,17 +76,12 @@ def annotations_of(keys: Iterable[str], own: Mapping[str, Any]) -> dict[str, Any
 
 def annotation(setting: Setting) -> Any:
     """The annotation of one setting's option. Values are checked later, with those of the other sources."""
+    name, kind, metavar, text = setting.key.replace("_", "-"), setting.kind, None, help_of(setting)
     if setting.key == "bundles":
-        option = typer.Option(
-            "--bundle", metavar="NAME=DIR", help=f"{setting.doc} May be repeated.", show_default=False
-        )
-        return Annotated[list[str] | None, option]
-    if setting.kind is bool:
-        name = setting.key.replace("_", "-")
-        option = typer.Option(f"--{name}/--no-{name}", help=help_of(setting), show_default=False)
-        return Annotated[bool | None, option]
-    option = typer.Option(f"--{setting.key.replace('_', '-')}", help=help_of(setting), show_default=False)
-    return Annotated[Optional[setting.kind], option]  # noqa: UP045 - the kind is a value here
+        name, kind, metavar, text = "bundle", list[str], "NAME=DIR", f"{text} May be repeated."
+    flag = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
+    option = typer.Option(flag, help=text, metavar=metavar, show_default=False, rich_help_panel=setting.group)
+    return Annotated[Optional[kind], option]  # noqa: UP045 - the kind is a value here
 
 
 def help_of(setting: Setting) -> str:
@@ -94,7 +89,7 @@ def help_of(setting: Setting) -> str:
     default, doc = setting.default, setting.doc
     if setting.choices:
         doc += f" One of {', '.join(setting.choices)}."
-    if default is None:
+    if default is None or setting.kind is None:
         return doc
     if isinstance(default, bool):
         default = f"--{'' if default else 'no-'}{setting.key.replace('_', '-')}"

@@ -20,6 +20,17 @@ from msgspec.inspect import BoolType, FloatType, IntType, LiteralType, StrType, 
 from tta_edge import config
 from tta_edge.config import Config
 
+GROUPS = {
+    "bind": "Address",
+    "bundle": "What is served",
+    "threads": "Computing",
+    "adapt": "When a step runs",
+    "batch_max": "Requests",
+    "max_streams": "Streams and what is kept of them",
+    "max_distance": "Guards",
+    "http": "Running",
+}
+"""First key of each group -> its heading; the keys of a group stand together in config.py."""
 UNITS = {"_ms": "milliseconds", "_s": "seconds", "_bytes": "bytes"}
 """Endings of the names and what they say; a name without one has no unit."""
 
@@ -32,12 +43,14 @@ class Setting:
         key: its name in the file.
         doc: what it means, in one or a few sentences.
         kind: bool, int, float or str; None for a table, which the command line has in a form of its own.
+        group: heading of the settings that belong together.
         choices: the only values it may have; empty where there are others.
         default: value where nothing is set.
     """
 
     key: str
     doc: str
+    group: str
     kind: type | None
     choices: tuple[str, ...]
     default: Any
@@ -53,10 +66,11 @@ def settings() -> Mapping[str, Setting]:
     """Every key of the configuration, in the order of the file."""
     docs, defaults = field_docs(Config), Config()
     kinds = {field.name: field.type for field in type_info(Config).fields}  # type: ignore[attr-defined]
-    return {
-        key: Setting(key, docs[key], *_kind(kinds[key]), getattr(defaults, key))
-        for key in Config.__struct_fields__
-    }
+    found, group = {}, ""
+    for key in Config.__struct_fields__:
+        group = GROUPS.get(key, group)
+        found[key] = Setting(key, docs[key], group, *_kind(kinds[key]), getattr(defaults, key))
+    return found
 
 
 def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:

@@ -123,7 +123,7 @@ def by_activity(streams: Sequence[StreamStatus], rates: Rates | None) -> list[St
     )
 
 
-class Monitor:
+class Feed:
     """Asks a daemon again and again; use as a context.
 
     Args:
@@ -143,7 +143,7 @@ class Monitor:
         self._trends: dict[StreamKey, deque[float]] = {}
         self.view = View(to)
 
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> Feed:
         return self
 
     def __exit__(
@@ -195,17 +195,17 @@ class Ending(Protocol):
         """Wait so long, or until it is time to end."""
 
 
-def watch(monitor: Monitor, console: Console, keys: Ending, interval_s: float) -> View:
+def watch(feed: Feed, console: Console, keys: Ending, interval_s: float) -> View:
     """Draw until a key or Ctrl-C ends it; the last view."""
     with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
         try:
             while True:
-                view = monitor.poll()
+                view = feed.poll()
                 live.update(frame(view, max(3, console.height - FURNITURE)), refresh=True)
                 if keys.ended(interval_s):
                     return view
         except KeyboardInterrupt:  # the usual way out of such a view
-            return monitor.view
+            return feed.view
 
 
 # --- drawing ----------------------------------------------------------------------------------------
