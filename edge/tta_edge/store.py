@@ -254,7 +254,7 @@ class StateStore:
             self._disk.replace(slot.path, target)
             where = f"moved to {target}"
             with suppress(OSError):  # the next one tries again
-                for _, path in before[: len(before) + 1 - MAX_QUARANTINE]:
+                for _, path in before[: max(0, len(before) + 1 - MAX_QUARANTINE)]:
                     self._disk.remove(path)
         except OSError as error:  # no space for the directory, or another device: the next commit replaces it
             where = f"it stays where it is ({reason(error)})"
