@@ -6,17 +6,20 @@ import json
 import logging
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import tiny_bundle
 from figures import busy_stats, status, stream
-from running import running
+from running import process_environment, running
 from tta_edge.client import Client
 from tta_edge.errors import AddressInUse, BadEndpoint, CannotBind, RemoteBindRefused
 from tta_edge.health import MAX_CONNECTIONS, MAX_REQUEST_BYTES, HealthServer
@@ -305,6 +308,56 @@ def test_scrapes_are_not_logged(server, caplog, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+SHORT_OF_DESCRIPTORS = """
+import logging, os, resource, sys, threading
+from tta_edge.health import HealthServer
+
+class Alive:
+    def alive(self):
+        return True
+
+logging.basicConfig(level="DEBUG")
+server = HealthServer("127.0.0.1:0", Alive(), False)
+server.start()
+print(server.endpoint, flush=True)
+sys.stdin.readline()
+for thread in threading.enumerate():
+    if thread.name == "tta-http-request":
+        thread.join()
+free = os.dup(0)
+os.close(free)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+print("none left", flush=True)
+sys.stdin.readline()
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+sys.stdin.readline()
+server.close()
+"""
+
+
+def test_without_descriptors_a_connection_waits_and_is_served_later():
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", SHORT_OF_DESCRIPTORS]
+    with subprocess.Popen(command, env=process_environment(), text=True, bufsize=1, **pipes) as process:
+        patience = threading.Timer(PATIENCE_S, process.kill)  # then the lines waited for below end
+        patience.start()
+        server = SimpleNamespace(endpoint=process.stdout.readline().strip())
+        assert_serves(server)
+        process.stdin.write("take them\n")
+        assert process.stdout.readline() == "none left\n"
+        with connect(server) as client:
+            client.sendall(GET)
+            while "cannot accept" not in process.stderr.readline():
+                assert process.poll() is None
+            process.stdin.write("give them back\n")
+            assert to_the_end(client).startswith(b"HTTP/1.0 200 ")
+        _, log = process.communicate("end\n", timeout=PATIENCE_S)
+        patience.cancel()
+    assert process.returncode == 0
+    assert log.count("cannot accept") < 10, "it does not spin"
+
+
 # --- a daemon that is slow or defective ---------------------------------------------------------------
 
 
@@ -365,17 +418,15 @@ def daemon_under_load(bundle, request):
         sender = threading.Thread(target=send)
         sender.start()
         with Client(daemon.endpoint, timeout_s=PATIENCE_S) as client:
-            yield Daemon(daemon), client
+            yield http_end(daemon), client
         ended.set()
         sender.join(PATIENCE_S)
         assert failures == []
 
 
-class Daemon:
+def http_end(server):
     """The HTTP end of a daemon, as the helpers above want it."""
-
-    def __init__(self, server):
-        self.endpoint = server.http_endpoint
+    return SimpleNamespace(endpoint=server.http_endpoint)
 
 
 def scraped(server):
@@ -415,7 +466,7 @@ def test_idle_http_clients_do_not_keep_the_daemon_from_answering(daemon_under_lo
 
 def test_liveness_and_readiness_of_a_real_daemon(bundle):
     with running(bundle, http="127.0.0.1:0") as daemon:
-        server = Daemon(daemon)
+        server = http_end(daemon)
         assert ask(server, "/livez")[0] == ask(server, "/readyz")[0] == 200
     with pytest.raises(ConnectionError):
         connect(server)
