@@ -71,6 +71,8 @@ class Registry:
         found = self._streams.get((host.name, name))
         if found is not None:
             return found
+        if self._store is not None:
+            self._store.used((host.name, name))
         self._make_room()
         stream = self._make(host, name)
         if self._store is not None:

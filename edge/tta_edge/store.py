@@ -128,9 +128,15 @@ class StateStore:
     # ------------------------------------------------------------------------------------------ streams
 
     def keys(self) -> list[Key]:
-        """Bundle and name of every stream on disk, the most recently saved first; waits for no write."""
+        """Bundle and name of every stream on disk, the most recently saved or used first; waits for no write."""
         with self._index:
             return list(reversed(self._saved))
+
+    def used(self, key: Key) -> None:
+        """A stream on disk is about to be used: others are forgotten before it."""
+        with self._index:
+            if key in self._saved:
+                self._saved.move_to_end(key)
 
     def load(self, stream: Stream) -> Found:
         """What is saved of a stream; what cannot be used goes to the quarantine."""
