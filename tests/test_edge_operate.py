@@ -8,13 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import tiny_bundle
-from running import REPOSITORY, daemon, process_environment, run_cli, running
+from running import PATIENCE_S, REPOSITORY, daemon, process_environment, run_cli, running
 from snapshots import files
 from tta_edge.cli import main
 from tta_edge.client import Client
@@ -143,6 +144,13 @@ def test_the_switch_of_one_stream(edge, served):
     assert "tta-edge adapt on --stream cam2" in said(edge, served, "status")
 
 
+def test_a_stream_that_is_on_in_a_daemon_that_is_off_is_told(edge, served):
+    said(edge, served, "adapt", "off")
+    code, out, err = edge("adapt", "on", "--stream", "cam1", "--to", served.endpoint)
+    assert (code, "on for stream cam1" in out) == (0, True)
+    assert "the whole daemon is switched off" in err
+
+
 def test_a_switch_that_a_restart_forgets_says_so(edge, bundle):
     with running(bundle, method="tent") as server:
         code, out, err = edge("adapt", "off", "--to", server.endpoint)
@@ -186,10 +194,10 @@ def test_reload_serves_what_is_there_now(edge, bundle, tmp_path):
 def test_sighup_reloads(bundle):
     with daemon(bundle, "--method", "tent") as process, Client(process.endpoint, timeout_s=30) as client:
         process.process.send_signal(signal.SIGHUP)
-        # A reload of ours comes after that one, or is refused while it runs: then it is asked for again.
-        run_cli("reload", "--to", process.endpoint)
-        while client.status().bundles[0].loads < 2:
-            client.reload()
+        end_s = time.monotonic() + PATIENCE_S
+        while not any(each.action == "reload" for each in client.events().events):
+            assert time.monotonic() < end_s, "nothing was reloaded"
+        assert client.status().bundles[0].loads == 2
         assert process.stop() == 0
 
 

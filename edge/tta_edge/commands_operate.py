@@ -90,11 +90,14 @@ def adapt(
     """
     with _client(to, timeout_s) as client:
         done = client.adapt(switch is Switch.ON, stream, bundle)
+        switched_off = done.on and bool(done.stream) and not client.status().adapt
     if as_json:
         _print_reply(done)
         return
     whom = f"stream {done.stream}" if done.stream else "the whole daemon"
     typer.echo(f"adaptation is {'on' if done.on else 'off'} for {whom}")
+    if switched_off:
+        typer.echo("note: the whole daemon is switched off, which counts more: tta-edge adapt on", err=True)
     if not done.durable:
         typer.echo(
             "note: a restart forgets this: the daemon has no state directory that it can write", err=True
@@ -186,7 +189,7 @@ def top(
     interval_s: Annotated[float, typer.Option(min=0.05, max=3600, help="Seconds between two updates.")] = 0.5,
     timeout_s: Annotated[
         float, typer.Option(min=0.001, help="Wait for an answer so long before calling the daemon gone.")
-    ] = 2.0,
+    ] = 5.0,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
     svg: Annotated[
         Path | None,

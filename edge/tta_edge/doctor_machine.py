@@ -195,7 +195,7 @@ def disk(config: Config, running: StatusReply | None, *, slot_bytes: int = 0) ->
             "Let the user that runs the daemon write it (chown, mount options), or set another state_dir",
         )
     if place == path and _locked(path):
-        if running is None or Path(running.state_dir) != path.absolute():
+        if running is None or Path(running.state_dir).absolute() != path.absolute():
             return fail("disk", f"another daemon uses {path}", "Stop that daemon, or set another state_dir")
         return warn("disk", f"{path} is in use by the daemon that answers at {config.bind}", NOT_A_SECOND)
     free = shutil.disk_usage(place).free
@@ -269,7 +269,11 @@ def port(name: str, endpoint: str, config: Config, running: StatusReply | None) 
             probe.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE and running is not None:
-            return warn(name, f"{endpoint} is in use; tta-edge {running.version} answers here", NOT_A_SECOND)
+            return warn(
+                name,
+                f"{endpoint} is in use, and tta-edge {running.version} answers at {config.bind}",
+                NOT_A_SECOND,
+            )
         if error.errno == errno.EADDRINUSE:
             return fail(
                 name,
