@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -396,6 +397,9 @@ def main() -> None:
             try:
                 serve(json.loads(line))
                 status = 0
+            except Exception:
+                traceback.print_exc()
+                raise
             finally:
                 os._exit(status)
         _, status = os.waitpid(child, 0)
@@ -429,14 +433,20 @@ class Crashing:
         self._pid = 0
 
     def start(self, kill_at: int = 0, when: str = "before") -> str:
-        """Start a daemon; gives its endpoint, or nothing if it ended before it was ready."""
+        """Start a daemon; gives its endpoint when it is ready."""
+        self.launch(kill_at, when)
+        line = self.wait_for("ready", "exit")
+        assert "ready" in line, "the daemon does not start"
+        return str(line["ready"])
+
+    def launch(self, kill_at: int = 0, when: str = "before") -> None:
+        """Start a daemon and do not wait for it."""
         self.said = []
         form = {"config": self._config, "arm": str(self._arm), "kill_at": kill_at, "when": when}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(form) + "\n")
         self.process.stdin.flush()
         self._pid = self.wait_for("pid")["pid"]
-        return str(self.wait_for("ready", "exit").get("ready", ""))
 
     def wait_for(self, *keys: str) -> dict[str, Any]:
         """The next line that has one of the keys."""
