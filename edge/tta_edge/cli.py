@@ -69,9 +69,13 @@ def serve(config: ConfigFile = None, settings: HyperSettings = None, **flags: ob
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     signal.signal(signal.SIGHUP, lambda *_: server.reload_all())
+    # Python runs a handler only between two of its own instructions: a signal that comes just before the main loop
+    # begins to wait would be slept through, did it not write to what the loop waits for.
+    signal.set_wakeup_fd(server.wake_fd, warn_on_full_buffer=False)
     try:
         server.run()
     finally:
+        signal.set_wakeup_fd(-1)
         if ready is not None:
             ready.unlink(missing_ok=True)
 

@@ -77,6 +77,7 @@ class Responder:
         stats: shared with whoever reads them.
         emit: takes the replies.
         call: has something done by the answering thread between two requests.
+        open_requests: how many requests are being worked on.
         clock: seconds, the same one that stamps arrivals.
         disk: what writes to the state directory.
 
@@ -92,6 +93,7 @@ class Responder:
         *,
         emit: Emit,
         call: Callable[[Call], None],
+        open_requests: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
         disk: Disk = DISK,
     ) -> None:
@@ -99,6 +101,7 @@ class Responder:
         self._stats = stats
         self._emit = emit
         self._call = call
+        self._open_requests = open_requests
         self._clock = clock
         self._began_s = clock()
         self._guards = Guards(
@@ -379,9 +382,7 @@ class Responder:
             ),
         )
 
-    def status(
-        self, request_id: int = 0, figures: Figures | None = None, open_requests: int = 0
-    ) -> StatusReply:
+    def status(self, request_id: int = 0, figures: Figures | None = None) -> StatusReply:
         """How the daemon is doing; for any thread."""
         figures = figures or self._stats.figures()
         return StatusReply(
@@ -395,7 +396,10 @@ class Responder:
             stored_streams=self._registry.stored(),
             state_dir=self._config.state_dir or "",
             requests=Requests(
-                ok=figures.ok, failed=figures.failed, open=open_requests, failures=dict(figures.refused)
+                ok=figures.ok,
+                failed=figures.failed,
+                open=self._open_requests(),
+                failures=dict(figures.refused),
             ),
             latency_ms=figures.latency(),
             rss_bytes=resident_bytes(),

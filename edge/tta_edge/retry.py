@@ -25,6 +25,7 @@ class Retry:
             random, so that many clients of one daemon do not come back at the same moment.
         max_wait_s: longest wait. A `Busy` daemon is asked again when it said, not earlier and up to a tenth
             later; if it asked for a longer wait than this, the call fails at once.
+        errors: after which a call is made again; of those that say that nothing was carried out.
 
     Raises:
         BadValue: fewer than one attempt, or waits that are not 0 <= wait_s <= max_wait_s.
@@ -33,6 +34,7 @@ class Retry:
     attempts: int = 5
     wait_s: float = 0.1
     max_wait_s: float = 5.0
+    errors: tuple[type[TtaError], ...] = (Busy, Draining, Unreachable)
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
@@ -53,7 +55,7 @@ class Retry:
         Returns:
             Seconds; `None` if the call has failed.
         """
-        if attempt >= self.attempts or not isinstance(error, (Busy, Draining, Unreachable)):
+        if attempt >= self.attempts or not isinstance(error, self.errors):
             return None
         if isinstance(error, Busy) and error.retry_after_s is not None:
             told_s = error.retry_after_s
