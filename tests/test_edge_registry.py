@@ -9,7 +9,7 @@ import pytest
 
 import tiny_bundle
 from disks import Failing, Unsynced
-from snapshots import learnt
+from snapshots import learnt, unchanged
 from tta_edge.adapt import Guards, Stream
 from tta_edge.config import BundleConfig, Config
 from tta_edge.errors import TooManyStreams, UnknownStream
@@ -140,6 +140,25 @@ def test_a_restart_is_the_same(engines, tmp_path):
         (stream,) = again.registry.all()
         assert everything(stream) == before
         assert again.told() == [("restore", "start", "cam")]
+
+
+def test_one_that_was_restored_and_not_used_is_left_as_it_is(engines, tmp_path):
+    """Else a daemon that starts and ends, again and again, would replace the state to roll back to."""
+    daemon = Daemon(tmp_path, engines)
+    assert daemon.saver.settle(daemon.use("cam", steps=4))
+    daemon.use("cam", steps=2)
+    daemon.end()
+    with unchanged(tmp_path / "streams"):
+        for _ in range(2):
+            again = Daemon(tmp_path, engines)
+            again.registry.restore_all({"default": again.host})
+            again.end()
+    with Daemon(tmp_path, engines) as again:
+        again.registry.restore_all({"default": again.host})
+        (stream,) = again.registry.all()
+        assert stream.model.steps == 6
+        assert stream.roll_back()
+        assert stream.model.steps == 4
 
 
 def test_what_cannot_go_to_disk_stays_as_it_is_and_adapts_on(engines, tmp_path):

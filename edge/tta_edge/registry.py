@@ -204,7 +204,10 @@ class Registry:
 
 
 def worth_saving(stream: Stream) -> bool:
-    """Whether a stream is more than a new one would be."""
+    """Whether a stream is more than a new one, or what is on disk, would be.
+
+    One that was restored and not used since is on disk as it is, with the state before it; saving would cost that.
+    """
     if stream.model.spec.step is None:
         return False
-    return stream.samples > 0 or stream.restored != "source" or not stream.enabled or stream.suspended
+    return stream.samples > 0 or not stream.enabled or stream.suspended
