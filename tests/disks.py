@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -415,6 +416,7 @@ class Crashing:
 
     Attributes:
         said: the lines of the present daemon.
+        forked_s: when it was started, its imports already done.
     """
 
     def __init__(self, config: dict[str, object], arm: Path) -> None:
@@ -431,6 +433,7 @@ class Crashing:
             text=True,
         )
         self._pid = 0
+        self.forked_s = 0.0
 
     def start(self, kill_at: int = 0, when: str = "before") -> str:
         """Start a daemon; gives its endpoint when it is ready."""
@@ -447,6 +450,7 @@ class Crashing:
         self.process.stdin.write(json.dumps(form) + "\n")
         self.process.stdin.flush()
         self._pid = self.wait_for("pid")["pid"]
+        self.forked_s = time.perf_counter()
 
     def wait_for(self, *keys: str) -> dict[str, Any]:
         """The next line that has one of the keys."""
