@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 from rich.filesize import decimal
 
@@ -99,8 +100,11 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, release[0].split("."))) if release else ()
 
 
-def onnxruntime(versions: Versions = metadata.version) -> Check:
-    """Exactly one of the wheels that bring ONNX Runtime is installed, and it can be imported."""
+def onnxruntime(versions: Versions = metadata.version, load: Callable[[str], Any] = import_module) -> Check:
+    """Exactly one of the wheels that bring ONNX Runtime is installed, and it can be imported.
+
+    The edge itself has no use for it, the runtime has: it is loaded by name, to see whether it can be.
+    """
     installed = []
     for name in ENGINES:
         with suppress(metadata.PackageNotFoundError):
@@ -112,7 +116,7 @@ def onnxruntime(versions: Versions = metadata.version) -> Check:
             "pip uninstall -y onnxruntime onnxruntime-gpu && pip install tta-runtime[cpu] (or tta-runtime[gpu])",
         )
     try:
-        import onnxruntime as ort
+        ort = load("onnxruntime")
     except ImportError as error:
         return fail(
             "onnxruntime",
