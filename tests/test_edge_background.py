@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import serving
 import tiny_bundle
-from running import running
+from running import daemon, running
 from serving import PATIENCE_S, Pipe, steps, stream, until
 from tta_edge import errors, wire
 from tta_edge.client import Client
-from tta_edge.config import BundleConfig
+from tta_edge.config import BundleConfig, Config
+from tta_edge.hosting import NICENESS, Threads, divide
 from tta_runtime import EngineOptions, Model
 from tta_runtime import errors as runtime_errors
 
@@ -34,7 +37,7 @@ def bundle(tmp_path_factory):
 def slow(tmp_path_factory):
     """Its step takes some tenths of a second, its answers as long as those of the tiny bundle."""
     path = tmp_path_factory.mktemp("bundles") / "slow"
-    serving.slow(path, rounds=120)
+    serving.slow(path, rounds=70)
     return path
 
 
@@ -375,3 +378,38 @@ def test_a_request_that_is_refused_is_not_collected(bundle):
             with pytest.raises(runtime_errors.InputError):
                 client.predict(bad)
         assert stream(client).window == 1
+
+
+# --- cores ----------------------------------------------------------------------------------------
+
+
+def niceness(pid):
+    """Of every thread of a process, relative to this one."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return [int(text.rpartition(")")[2].split()[16]) - os.nice(0) for text in stats]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+@pytest.mark.parametrize(("policy", "nicer"), [("always", 3), ("inline", 1)])
+def test_threads_of_background_steps_give_way_to_those_that_answer(bundle, policy, nicer):
+    """The stepping thread, and with a background policy the two that its engine starts beside it."""
+    arguments = ("--policy", policy, "--threads", "5", "--step-threads", "3", "--method", "tent")
+    with daemon(bundle, *arguments) as process:
+        found = niceness(process.process.pid)
+        assert [each for each in found if each] == [NICENESS] * nicer
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "expected"),
+    [
+        ({}, 4, Threads(4, 4)),  # inline: one follows the other
+        ({"threads": 2}, 8, Threads(2, 2)),
+        ({"policy": "always"}, 1, Threads(1, 1)),
+        ({"policy": "always"}, 2, Threads(1, 1)),
+        ({"policy": "budget"}, 5, Threads(3, 2)),
+        ({"policy": "every", "threads": 8, "step_threads": 1}, 2, Threads(7, 1)),
+        ({"policy": "always", "step_threads": 9}, 4, Threads(1, 9)),
+    ],
+)
+def test_cores_are_divided_between_answers_and_steps_in_the_background(settings, cores, expected):
+    assert divide(Config(**settings), cores) == expected
