@@ -31,6 +31,7 @@ from tta_edge.wire import (
 from tta_runtime.errors import TtaError
 
 Frames = list[Buffer]
+REMEMBER = 0.98  # of the time that requests took, with each further one
 
 
 class Phase(Enum):
@@ -122,7 +123,10 @@ class ServerSession:
     phase: Phase = Phase.SERVING
     _open: dict[tuple[bytes, int], Arrived] = field(default_factory=dict)
     _abandoned: set[tuple[bytes, int]] = field(default_factory=set)
-    _service_s: float = 0.0  # running mean of what one request takes, for `retry_after_s`
+    # What requests took and how many they were, of late: for `retry_after_s`. Of those that share a run of the engine
+    # the first one takes all the time, so the mean has to look back on more than one run.
+    _served_s: float = 0.0
+    _served: float = 0.0
     _last_answer_s: float = 0.0
 
     @property
@@ -211,7 +215,7 @@ class ServerSession:
 
     def _busy(self, cause: str, setting: str, ahead: int) -> Busy:
         busy = Busy(cause, f"Repeat after `retry_after_s`, send less at once, or {setting}")
-        busy.retry_after_s = round(max(0.01, self._service_s * ahead), 3)
+        busy.retry_after_s = round(max(0.01, ahead * self._served_s / max(1.0, self._served)), 3)
         return busy
 
     def _refuse(
@@ -222,7 +226,8 @@ class ServerSession:
     def _account(self, arrived: Arrived, now_s: float) -> None:
         # A request is being served from its arrival or from the answer before it, whichever is later.
         took_s = max(0.0, now_s - max(arrived.at_s, self._last_answer_s))
-        self._service_s = took_s if self._service_s == 0.0 else 0.9 * self._service_s + 0.1 * took_s
+        self._served_s = REMEMBER * self._served_s + took_s
+        self._served = REMEMBER * self._served + 1.0
         self._last_answer_s = now_s
 
 
