@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -466,6 +467,11 @@ class Crashing:
         """Send a signal to the daemon."""
         os.kill(self._pid, number)
 
+    def kill(self) -> None:
+        """kill -9, if it still runs."""
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
+
     def ended(self) -> int:
         """Wait until the daemon has ended; its exit status, or minus the signal that ended it."""
         return int(self.wait_for("exit")["exit"])
@@ -478,6 +484,10 @@ class Crashing:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the daemon, if it runs, and the process that starts them."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         if self.process.poll() is None:
