@@ -161,7 +161,7 @@ def test_a_switch_that_a_restart_forgets_says_so(edge, bundle):
 
 def test_reset_and_rollback(edge, served):
     rolled = asked(edge, served, "rollback", "--stream", "cam1")
-    assert rolled.keys() == {"stream", "theta_digest", "steps", "to"}
+    assert rolled.keys() == {"stream", "theta_digest", "steps", "to", "durable"}
     assert (rolled["stream"], rolled["to"]) == ("cam1", "checkpoint")
     assert "back at the source" in said(edge, served, "rollback", "--stream", "cam2")
     text = said(edge, served, "reset", "--stream", "cam1")

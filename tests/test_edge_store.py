@@ -624,3 +624,20 @@ def test_files_limited_in_size(tiny, tmp_path):
         process.stderr.read()
         assert process.wait(PATIENCE_S) == 0
     assert not [path for path in (tmp_path / "state").rglob("*") if "state" in path.suffixes]
+
+
+def test_reset_and_rollback_say_whether_a_restart_finds_them(tiny, tmp_path):
+    with running(tiny) as server, Client(server.endpoint) as client:
+        client.predict(X)
+        assert client.reset().durable, "without a directory a restart is a reset"
+        assert client.rollback().durable
+    disk = Failing()
+    settings = {"state_dir": str(tmp_path / "state"), "checkpoint_steps": 1}
+    with running(tiny, disk=disk, **settings) as server, Client(server.endpoint) as client:
+        for _ in range(3):
+            client.predict(X)
+        assert client.rollback().durable
+        disk.broken = True
+        client.predict(X)
+        assert not client.rollback().durable
+        disk.broken = False

@@ -98,10 +98,7 @@ def adapt(
     typer.echo(f"adaptation is {'on' if done.on else 'off'} for {whom}")
     if switched_off:
         typer.echo("note: the whole daemon is switched off, which counts more: tta-edge adapt on", err=True)
-    if not done.durable:
-        typer.echo(
-            "note: a restart forgets this: the daemon has no state directory that it can write", err=True
-        )
+    _note_durable(done.durable)
 
 
 def reset(
@@ -121,6 +118,7 @@ def reset(
         _print_reply(done)
     else:
         typer.echo(f"stream {done.stream} is back at the source, theta {done.theta_digest[:12]}")
+        _note_durable(done.durable)
 
 
 def rollback(
@@ -141,6 +139,7 @@ def rollback(
         return
     where = "the source" if done.to == "source" else f"its checkpoint of {done.steps} steps"
     typer.echo(f"stream {done.stream} is back at {where}, theta {done.theta_digest[:12]}")
+    _note_durable(done.durable)
 
 
 def reload(
@@ -224,6 +223,13 @@ def top(
         console.print(frame(view))
     if svg is not None:
         save_svg(svg, view)
+
+
+def _note_durable(durable: bool) -> None:
+    if not durable:
+        typer.echo(
+            "note: a restart forgets this: the daemon has no state directory that it can write", err=True
+        )
 
 
 def _client(to: str, timeout_s: float) -> Client:

@@ -247,13 +247,14 @@ class Responder:
             stream = self._registry.find(self._host(message.bundle), message.stream)
             self._stepper.drop(stream)
             stream.reset()
-            self._settle(stream)
-            return ResetDone(id=message.id, stream=stream.name, theta_digest=stream.model.digest)
+            durable = self._settle(stream) or self._store is None  # without a directory a restart is a reset
+            digest = stream.model.digest
+            return ResetDone(id=message.id, stream=stream.name, theta_digest=digest, durable=durable)
         if isinstance(message, Rollback):
             stream = self._registry.find(self._host(message.bundle), message.stream)
             self._stepper.drop(stream)
             found = stream.roll_back()
-            self._settle(stream)
+            durable = self._settle(stream) or (self._store is None and not found)
             model = stream.model
             return RollbackDone(
                 id=message.id,
@@ -261,6 +262,7 @@ class Responder:
                 theta_digest=model.digest,
                 steps=model.steps,
                 to="checkpoint" if found else "source",
+                durable=durable,
             )
         if isinstance(message, Adapt):
             return self._switch(message)
