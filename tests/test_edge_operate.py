@@ -168,7 +168,7 @@ def test_reset_and_rollback(edge, served):
     steps = {each["id"]: each["steps"] for each in asked(edge, served, "status")["streams"]}
     assert "cam1 is back at the source" in text
     assert steps["cam1"] == 0
-    assert asked(edge, served, "reset", "--stream", "cam1").keys() == {"stream", "theta_digest"}
+    assert asked(edge, served, "reset", "--stream", "cam1").keys() == {"stream", "theta_digest", "durable"}
 
 
 def test_events_come_oldest_first(edge, served):
