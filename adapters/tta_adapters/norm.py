@@ -44,6 +44,7 @@ class NormAdapter:
         exclude: shell patterns to leave out, e.g. "layer4*".
         preprocess: applied to the input before the network, e.g. from 0..255 to the network's own normalisation.
         head: path of the classifier, whose input is reported as features; by default the last nn.Linear.
+        classes: C, the length of the logits; by default the outputs of the classifier.
 
     Raises:
         SelectionError: the patterns select no normalisation layer, or ``head`` does not exist.
@@ -59,6 +60,7 @@ class NormAdapter:
         exclude: Sequence[str] = (),
         preprocess: Callable[[Tensor], Tensor] | None = None,
         head: str | None = None,
+        classes: int | None = None,
     ) -> None:
         self._preprocess = preprocess
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
@@ -68,6 +70,7 @@ class NormAdapter:
             self.module, NORM_TYPES, include=include, exclude=exclude
         )
         self._head = _find_head(self.module, head)
+        self._classes = classes or getattr(self._head, "out_features", None)
         self._batch_norms = {
             name: module for name, module in self.module.named_modules() if isinstance(module, _BATCH_NORMS)
         }
@@ -100,6 +103,24 @@ class NormAdapter:
     def trained(self) -> int:
         """Length of the leading, trained part of theta."""
         return sum(entry.size for entry in self.tensors if entry.trained)
+
+    @property
+    def classes(self) -> int:
+        """C, the length of the logits.
+
+        Raises:
+            SelectionError: the network has no linear classifier and ``classes`` was not given.
+        """
+        if self._classes is None:
+            raise SelectionError("the number of classes is unknown: give `classes`, or the `head`")
+        return int(self._classes)
+
+    def head_weight(self) -> tuple[Tensor, Tensor] | None:
+        """Weight [C, F] and bias [C] (zeros where it has none) of the linear classifier; None if there is none."""
+        if not isinstance(self._head, nn.Linear):
+            return None
+        bias = self._head.bias
+        return self._head.weight, bias if bias is not None else torch.zeros(len(self._head.weight))
 
     @property
     def has_running_statistics(self) -> bool:
