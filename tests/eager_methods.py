@@ -167,3 +167,49 @@ class EagerSar(Eager):
             self.mean = None
             self.recoveries += 1
         return logits
+
+
+def lame(logits: Array, features: Array, *, neighbours: int = 5, most: int = 100) -> Array:
+    """Boudiaf et al., CVPR 2022, in numpy and float64, stopped when the objective settles; gives probabilities."""
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    p = np.exp(shifted) / np.exp(shifted).sum(1, keepdims=True)
+    unary = -np.log(p + 1e-10)
+    unit = features.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    distance = np.linalg.norm(unit[:, None] - unit[None], axis=2)
+    width = np.sort(distance, axis=1)[:, neighbours - 1].mean()
+    affinity = np.exp(-(distance**2) / (2 * width**2))
+    y = np.exp(-unary) / np.exp(-unary).sum(1, keepdims=True)
+    before = math.inf
+    for k in range(most):
+        z = -unary + affinity @ y
+        y = np.exp(z - z.max(1, keepdims=True))
+        y /= y.sum(1, keepdims=True)
+        now = float((unary * y - (affinity @ y) * y + y * np.log(y + 1e-30)).sum())
+        if k > 1 and abs(now - before) <= 1e-8 * abs(before):
+            break
+        before = now
+    return y.astype(np.float32)
+
+
+class EagerT3a:
+    """Iwasawa and Matsuo, NeurIPS 2021: a list of supports that grows and is cut."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, supports: int = 20) -> None:
+        self.count = supports
+        logits = weight @ weight.t() + bias
+        self.features, self.labels, self.entropies = weight.clone(), logits.argmax(1), entropy(logits)
+
+    def step(self, features: Tensor, logits: Tensor) -> Tensor:
+        self.features = torch.cat([self.features, features])
+        self.labels = torch.cat([self.labels, logits.argmax(1)])
+        self.entropies = torch.cat([self.entropies, entropy(logits)])
+        kept: list[int] = []
+        for label in range(logits.shape[1]):
+            mine = torch.where(self.labels == label)[0]
+            kept += mine[self.entropies[mine].argsort()][: self.count].tolist()
+        self.features, self.labels = self.features[kept], self.labels[kept]
+        self.entropies = self.entropies[kept]
+        unit = nn.functional.normalize(self.features, dim=1)
+        hot = nn.functional.one_hot(self.labels, logits.shape[1]).to(unit.dtype)
+        return features @ nn.functional.normalize(unit.t() @ hot, dim=0)

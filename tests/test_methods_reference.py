@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from eager_methods import Eager, EagerEata, EagerSar
+from eager_methods import Eager, EagerEata, EagerSar, EagerT3a, lame
 from networks import group_norm, resnet, vit
 from shared_data import require_shared_data
 from tta_adapters import Method, NormAdapter, make_method
-from tta_adapters.base import Batch, init_state
+from tta_adapters.base import Batch, Calibrated, init_state
 from tta_adapters.losses import entropy
 from tta_exporters.sources import load_network
 
@@ -71,6 +71,7 @@ class Ours:
         self.theta = method.adapter.source_theta()
         self.state = init_state(method.spec, self.theta)
         self.anchor = method.anchor()
+        self.rand = torch.zeros(method.spec.rand)
 
     def step(self, x: np.ndarray) -> np.ndarray:
         out = self.method.step(
@@ -79,7 +80,7 @@ class Ours:
             self.state,
             self.anchor,
             self.method.spec.default_hyper(),
-            torch.zeros(0),
+            self.rand,
         )
         self.theta, self.state = out.theta, out.state
         self.report = dict(zip(self.method.spec.report, out.report.tolist(), strict=True))
@@ -109,7 +110,9 @@ def test_eight_steps_from_equal_state(name: str, network: str) -> None:
         scale = np.abs(expected).max()
         assert np.abs(found - expected).max() <= 1e-4 * scale, f"logits at step {seed + 1}"
         moved, wanted = mine.theta[:trained].numpy() - start, reference.theta() - start
-        assert np.abs(moved - wanted).max() <= 1e-2 * max(np.abs(wanted).max(), 1e-5), f"theta, step {seed + 1}"
+        assert np.abs(moved - wanted).max() <= 1e-2 * max(np.abs(wanted).max(), 1e-5), (
+            f"theta, step {seed + 1}"
+        )
         accepted.append(mine.report["accepted"])
     assert np.abs(wanted).max() > 0 or name == "rdumb"
     assert 0 < np.mean(accepted) < 1, "the selection must have something to choose from"
@@ -168,6 +171,102 @@ def test_a_pattern_leaves_tensors_out() -> None:
     assert not any(name.startswith(left_out[:-1]) for name in moved)
     with pytest.raises(ValueError, match="leaves none"):
         make_method("sar", adapter, {"skip": "*"})
+
+
+# --- methods without a gradient -------------------------------------------------------------------
+
+
+def outputs(adapter: NormAdapter, x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        out = adapter.forward(adapter.unpack(adapter.source_theta()), torch.from_numpy(x))
+    return out.logits, out.features
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_lame_settles_where_the_published_iteration_stops(network: str) -> None:
+    adapter = NormAdapter(sharp(NETWORKS[network]))
+    mine = Ours(make_method("lame", adapter))
+    changed = 0.0
+    for seed in range(4):
+        logits, features = outputs(adapter, batch(seed))
+        expected = lame(logits.numpy(), features.numpy())
+        found = torch.from_numpy(mine.step(batch(seed))).softmax(1).numpy()
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+        changed = max(changed, float(np.abs(found - logits.softmax(1).numpy()).max()))
+    assert torch.equal(mine.theta, adapter.source_theta())
+    assert changed > 0.1, "no prediction was adjusted: the comparison shows nothing"
+
+
+def test_a_refused_sample_has_no_say_in_lame() -> None:
+    adapter = NormAdapter(sharp(resnet))
+    method = make_method("lame", adapter)
+    theta, hyper = adapter.source_theta(), method.spec.default_hyper()
+    x = torch.from_numpy(batch(1))
+    weight = torch.ones(12)
+    weight[0] = 0
+    whole = method.step(Batch(x, weight), theta, {}, {}, hyper, torch.zeros(0)).logits
+    x[0] = x[1]  # what the refused sample shows does not matter to the others, but for the width
+    other = method.step(Batch(x, weight), theta, {}, {}, hyper, torch.zeros(0)).logits
+    assert (whole[1:].argmax(1) == other[1:].argmax(1)).all()
+
+
+@pytest.mark.parametrize("supports", [1, 3, 20])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_t3a_keeps_the_supports_that_a_growing_list_keeps(network: str, supports: int) -> None:
+    adapter = NormAdapter(sharp(NETWORKS[network]))
+    head = adapter.head_weight()
+    assert head is not None
+    mine = Ours(make_method("t3a", adapter, {"supports": float(supports)}))
+    reference = EagerT3a(head[0].detach(), head[1].detach(), supports)
+    for seed in range(6):
+        logits, features = outputs(adapter, batch(seed))
+        expected = reference.step(features, logits).numpy()
+        found = mine.step(batch(seed))
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    assert float(mine.state["known"]) == 1.0
+
+
+def test_zoa_takes_the_slope_along_one_direction() -> None:
+    """By hand: two losses, their difference over c, divided by the direction."""
+    adapter = NormAdapter(sharp(group_norm))
+    method = make_method("zoa", adapter, {"lr": 0.01, "discrepancy": 0.0})
+    assert isinstance(method, Calibrated)
+    method.calibrate(FISHER)
+    theta, x = adapter.source_theta(), torch.from_numpy(batch(3))
+    rand = torch.rand(method.spec.rand, generator=torch.Generator().manual_seed(1))
+    state = init_state(method.spec, theta)
+    out = method.step(
+        Batch(x, torch.ones(12)), theta, state, method.anchor(), method.spec.default_hyper(), rand
+    )
+
+    def loss(vector: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(
+                entropy(adapter.forward(adapter.unpack(vector), x, statistics="batch").logits).mean()
+            )
+
+    direction = torch.where(rand < 0.5, -(0.5 + rand), rand)
+    assert float(direction.abs().min()) >= 0.5
+    assert float(direction.abs().max()) <= 1.0
+    aside = theta.clone()
+    aside[: adapter.trained] += 0.02 * direction
+    expected = -0.01 * (loss(aside) - loss(theta)) / 0.02 / direction
+    moved = out.theta[: adapter.trained] - theta[: adapter.trained]
+    torch.testing.assert_close(moved, expected, rtol=2e-2, atol=1e-7)
+
+
+def test_zoa_goes_down_on_average() -> None:
+    adapter = NormAdapter(sharp(resnet))
+    method = make_method("zoa", adapter, {"lr": 2e-4, "discrepancy": 0.0})
+    assert isinstance(method, Calibrated)
+    method.calibrate(FISHER)
+    mine = Ours(method)
+    losses = []
+    for seed in range(300):
+        mine.rand = torch.rand(method.spec.rand, generator=torch.Generator().manual_seed(seed))
+        mine.step(batch(0))
+        losses.append(mine.report["loss"])
+    assert np.mean(losses[-20:]) < np.mean(losses[:20])
 
 
 @pytest.mark.slow

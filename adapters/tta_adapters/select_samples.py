@@ -24,7 +24,7 @@ def reliable(entropies: Tensor, margin: Tensor, classes: int) -> Tensor:
 
 
 def novel(probabilities: Tensor, average: Tensor, known: Tensor, threshold: Tensor) -> Tensor:
-    """1 where a prediction is unlike the running average of accepted ones: \\|cosine\\| < threshold.
+    """1 where a prediction is unlike the running average of accepted ones: absolute cosine < threshold.
 
     Args:
         probabilities: [batch, C].

@@ -66,7 +66,7 @@ def small_networks() -> dict[str, nn.Module]:
     for name, make in norms.items():
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            networks[name] = nn.Sequential(
+            body = nn.Sequential(
                 nn.Conv2d(3, 8, 3, padding=1),
                 make(),
                 nn.GELU(),
@@ -75,9 +75,10 @@ def small_networks() -> dict[str, nn.Module]:
                 nn.GELU(),
                 nn.AdaptiveAvgPool2d(1),
                 nn.Flatten(),
-                nn.Linear(8, 5),
             )
-            networks[name][-1].weight.data *= SHARPNESS[name]
+            classifier = nn.Linear(8, 5)
+            classifier.weight.data *= SHARPNESS[name]
+            networks[name] = nn.Sequential(*body, classifier)
     return networks
 
 

@@ -127,9 +127,7 @@ def build(
     low, high = _numbers(value_range or ("0:255" if dtype == "uint8" else "0:1"), ":", "--range", count=2)
     origin = source.rstrip("/").rsplit("/", 1)[-1]
     means, stds = _numbers(mean, ",", "--mean"), _numbers(std, ",", "--std")
-    users = InputOptions(
-        _shape(input_shape), dtype, Preprocess(low, high, means, stds, scale=not raw_range)
-    )
+    users = InputOptions(_shape(input_shape), dtype, Preprocess(low, high, means, stds, scale=not raw_range))
     options = BuildOptions(
         model_id=model_id or origin.rsplit(":", 1)[-1],
         input=users,

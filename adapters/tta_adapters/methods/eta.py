@@ -26,10 +26,10 @@ def redundancy_of(classes: int) -> float:
 class Eta:
     """Minimises exp(E0 - H) * H over samples with entropy H < E0 whose prediction is unlike the average accepted one.
 
-    E0 = ``margin`` * ln C. The factor is a constant for the gradient. The mean goes over the selected samples, so a few
-    give a full step; where none is selected, theta and the optimiser stay as they are. ``redundancy`` 0 stands for the
-    published threshold for the number of classes. The whole batch passes through the network: selection saves no
-    work, it chooses what to learn from.
+    E0 = ``margin`` * ln C. The factor is a constant for the gradient. The mean goes over the selected samples,
+    so a few give a full step; where none is selected, theta and the optimiser stay as they are. ``redundancy``
+    0 stands for the published threshold for the number of classes. The whole batch passes through the network:
+    selection saves no work, it chooses what to learn from.
 
     Trained: norm affine. Forwards / backwards per sample: 1 / 1. Needs source data: no. Returns the logits of theta
     *before* the update.
@@ -135,14 +135,14 @@ class Eta:
 class Eata(Eta):
     """ETA with an elastic pull: + ``alpha`` * sum F (theta - theta_0)^2 over the trained part.
 
-    F is the Fisher information of each trained value, estimated once from unlabelled source images and kept in the anchor:
-    the mean over batches of the squared gradient of the batch's mean cross-entropy against its own predictions. It
-    is the square of an average, so its scale belongs to the batch size it was made with, and ``alpha`` with it (1 for
-    CIFAR-10, 2000 for ImageNet at batch 64). ``alpha`` 0 stands for the published value for the number of classes.
-    Without source images the method is refused: it would be ETA in silence.
+    F is the Fisher information of each trained value, estimated once from unlabelled source images and kept in
+    the anchor: the mean over batches of the squared gradient of the batch's mean cross-entropy against its own
+    predictions. It is the square of an average, so its scale belongs to the batch size it was made with, and
+    ``alpha`` with it (1 for CIFAR-10, 2000 for ImageNet at batch 64). ``alpha`` 0 stands for the published
+    value for the number of classes. Without source images the method is refused: it would be ETA in silence.
 
-    Trained: norm affine. Forwards / backwards per sample: 1 / 1. Needs source data: about 500 unlabelled images, once,
-    when the bundle is built. Returns the logits of theta *before* the update.
+    Trained: norm affine. Forwards / backwards per sample: 1 / 1. Needs source data: about 500 unlabelled
+    images, once, when the bundle is built. Returns the logits of theta *before* the update.
 
     Source: Niu et al., ICML 2022, eq. 7 and 8.
     """
@@ -215,7 +215,10 @@ class Eata(Eta):
         pulls = [
             (
                 anchor["eata.fisher"][entry.offset : entry.offset + entry.size]
-                * (tensors[entry.name].reshape(-1) - anchor["theta0"][entry.offset : entry.offset + entry.size])
+                * (
+                    tensors[entry.name].reshape(-1)
+                    - anchor["theta0"][entry.offset : entry.offset + entry.size]
+                )
                 ** 2
             ).sum()
             for entry in self.adapter.tensors

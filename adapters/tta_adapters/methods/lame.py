@@ -17,21 +17,27 @@ TINY = 1e-10  # keeps the logarithm of a probability that rounds to 0 finite
 class Lame:
     """Laplacian adjusted maximum-likelihood estimation over one batch.
 
-    With U = -log(p + 1e-10), features f of length 1 and affinities W_ij = exp(-|f_i - f_j|^2 / (2 s^2)), s the mean distance
-    to the ``neighbours``-th neighbour (a sample is its own first): Y_0 = softmax(-U), Y <- softmax(-U + ``strength`` * W Y), a
-    fixed number of times. The published code stops when the objective settles, which it does well before. A
-    refused sample (weight 0) has no say in those of others.
+    With U = -log(p + 1e-10), features f of length 1 and affinities W_ij = exp(-|f_i - f_j|^2 / (2 s^2)), s the
+    mean distance to the ``neighbours``-th neighbour (a sample is its own first): Y_0 = softmax(-U), Y <-
+    softmax(-U + ``strength`` * W Y), a fixed number of times. The published code stops when the objective
+    settles, which it does well before. A refused sample (weight 0) has no say in those of others.
 
-    Theta stays the source's; what the step returns are log Y, whose softmax is Y. It helps where labels are correlated within a
-    batch (video, sorted streams) and ruins streams where they are not.
+    Theta stays the source's; what the step returns are log Y, whose softmax is Y. It helps where labels are
+    correlated within a batch (video, sorted streams) and ruins streams where they are not.
 
-    Trained: nothing. Forwards / backwards per sample: 1 / 0. Needs source data: no. Returns adjusted log-probabilities.
+    Trained: nothing. Forwards / backwards per sample: 1 / 0. Needs source data: no. Returns adjusted
+    log-probabilities.
 
     Source: Boudiaf et al., Parameter-free Online Test-time Adaptation, CVPR 2022, eq. 2 to 6.
     """
 
     def __init__(
-        self, adapter: NormAdapter, *, neighbours: float = 5.0, iterations: float = 50.0, strength: float = 1.0
+        self,
+        adapter: NormAdapter,
+        *,
+        neighbours: float = 5.0,
+        iterations: float = 50.0,
+        strength: float = 1.0,
     ) -> None:
         if neighbours < 2 or neighbours != int(neighbours):
             raise ValueError(f"lame.neighbours is {neighbours:g}: a whole number from 2")
@@ -72,9 +78,7 @@ class Lame:
                 adjusted = (unary + setting["strength"] * (affinity @ adjusted)).softmax(1)
             logits = torch.log(adjusted + TINY)
             changed = (logits.argmax(1) != out.logits.argmax(1)).to(theta.dtype).mean()
-            report = torch.stack(
-                [entropy(logits).mean(), (batch.weight > 0).to(theta.dtype).mean(), changed]
-            )
+            report = torch.stack([entropy(logits).mean(), (batch.weight > 0).to(theta.dtype).mean(), changed])
         return Step(logits, theta, {}, report)
 
     def _affinity(self, features: Tensor) -> Tensor:

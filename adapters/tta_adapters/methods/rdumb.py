@@ -15,8 +15,10 @@ from tta_adapters.norm import NormAdapter
 
 
 class Rdumb(Eta):
-    """ETA; before every ``period``-th step the trained part of theta, the optimiser and the average prediction are those
-    of the source again. Running statistics in theta go on following the stream: the original has none.
+    """ETA that begins anew after every ``period`` steps.
+
+    Before such a step the trained part of theta, the optimiser and the average prediction are those of the source
+    again. Running statistics in theta go on following the stream: the original has none.
 
     Trained: norm affine. Forwards / backwards per sample: 1 / 1. Needs source data: no. Returns the logits of theta
     *before* the update (after the return, where there is one).
@@ -84,4 +86,3 @@ class Rdumb(Eta):
 
     def _more_hyper(self) -> tuple[Hyper, ...]:
         return (Hyper("period", self._period, "steps between two returns to the source", 1.0),)
-

@@ -17,22 +17,25 @@ from tta_adapters.select_samples import reliable
 class Sar:
     """Minimises the entropy of reliable samples at the worst theta within ``rho`` of the present one.
 
-    g = gradient of the mean entropy over samples with H < E0; theta^ = theta + rho * g / |g|; the optimiser steps from
-    theta with the gradient at theta^ of the mean entropy over those samples that are reliable there as well. Where
-    no sample is, theta and the optimiser stay as they are (in the published code momentum moves them on).
+    g = gradient of the mean entropy over samples with H < E0; theta^ = theta + rho * g / |g|; the optimiser
+    steps from theta with the gradient at theta^ of the mean entropy over those samples that are reliable there
+    as well. Where no sample is, theta and the optimiser stay as they are (in the published code momentum moves
+    them on).
 
-    Recovery: a running mean of that loss below ``recover_below`` means that everything is predicted with certainty; theta's
-    trained part and the optimiser return to the source and the mean begins anew. The authors' 0.2 nats for 1000 classes are
-    0.029 ln C here, so that the guard means the same for any number of classes.
+    Recovery: a running mean of that loss below ``recover_below`` means that everything is predicted with
+    certainty; theta's trained part and the optimiser return to the source and the mean begins anew. The
+    authors' 0.2 nats for 1000 classes are 0.029 ln C here, so that the guard means the same for any number of
+    classes.
 
-    ``skip`` names tensors of theta that are not trained, as shell patterns separated by spaces; the paper leaves the last
-    stage of a network out (for a torchvision ResNet: "layer4*").
+    ``skip`` names tensors of theta that are not trained, as shell patterns separated by spaces; the paper
+    leaves the last stage of a network out (for a torchvision ResNet: "layer4*").
 
     Trained: norm affine. Forwards / backwards per sample: 2 / 2. Needs source data: no. Returns the logits of theta
     *before* the update. With BatchNorm it needs balanced batches like any method on batch statistics; it is meant
     for LayerNorm and GroupNorm.
 
-    Source: Niu et al., Towards Stable Test-Time Adaptation in Dynamic Wild World, ICLR 2023, eq. 2 to 6 and algorithm 1.
+    Source: Niu et al., Towards Stable Test-Time Adaptation in Dynamic Wild World, ICLR 2023, eq. 2 to 6 and
+    algorithm 1.
     """
 
     def __init__(
@@ -70,8 +73,14 @@ class Sar:
                 ),
             ),
             report=(
-                "loss", "entropy", "accepted", "grad_norm", "update_norm", "statistics_gap", "recovered",
-            ),  # fmt: skip
+                "loss",
+                "entropy",
+                "accepted",
+                "grad_norm",
+                "update_norm",
+                "statistics_gap",
+                "recovered",
+            ),
             min_batch=self._learner.min_batch,
         )
 

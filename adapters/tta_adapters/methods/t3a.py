@@ -82,7 +82,9 @@ class T3a:
             features = torch.where(known, state["features"], anchor["t3a.features"])
             entropies = torch.where(known, state["entropies"], anchor["t3a.entropies"])
             # A refused sample is ranked behind every place, so it is never kept.
-            rank = torch.where(batch.weight > 0, entropy(out.logits), torch.full_like(batch.weight, 2 * EMPTY))
+            rank = torch.where(
+                batch.weight > 0, entropy(out.logits), torch.full_like(batch.weight, 2 * EMPTY)
+            )
             features, entropies = self._keep(features, entropies, out.features, rank, out.logits.argmax(1))
             filled = (entropies < EMPTY).to(theta.dtype)
             unit = features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-12)

@@ -16,17 +16,18 @@ from tta_adapters.norm import NormAdapter
 class Zoa:
     """One-sided simultaneous perturbation on the norm affine.
 
-    With a random direction D, D_i = +-U[0.5, 1]: g_i = (L(theta + c D) - L(theta)) / (c D_i), then plain gradient descent. L is
-    the mean entropy plus ``discrepancy`` times the mean squared difference between mean and standard deviation of
-    the batch's features and those of the source.
+    With a random direction D, D_i = +-U[0.5, 1]: g_i = (L(theta + c D) - L(theta)) / (c D_i), then plain
+    gradient descent. L is the mean entropy plus ``discrepancy`` times the mean squared difference between mean
+    and standard deviation of the batch's features and those of the source.
 
-    Two things differ from the paper: the discrepancy looks at the features before the classifier and not at every block's,
-    and there is no bank of domain vectors.
+    Two things differ from the paper: the discrepancy looks at the features before the classifier and not at
+    every block's, and there is no bank of domain vectors.
 
-    Trained: norm affine. Forwards / backwards per sample: 2 / 0. Needs source data: a few hundred unlabelled images, once,
-    when the bundle is built. Returns the logits of theta *before* the update.
+    Trained: norm affine. Forwards / backwards per sample: 2 / 0. Needs source data: a few hundred unlabelled
+    images, once, when the bundle is built. Returns the logits of theta *before* the update.
 
-    Source: Deng et al., Test-Time Model Adaptation for Quantized Neural Networks, ACM MM 2025, section 3 (arXiv 2508.02180).
+    Source: Deng et al., Test-Time Model Adaptation for Quantized Neural Networks, ACM MM 2025, section 3 (arXiv
+    2508.02180).
     """
 
     def __init__(
