@@ -120,6 +120,7 @@ class MethodSpec:
         steps: whether there is a step at all; False means the method only serves. A method may step without
             training: it adjusts the batch's logits, or keeps a memory.
         min_batch: smallest batch whose statistics mean anything to the method.
+        serve_vector: what serves between steps: "theta", or "state:NAME" for a vector held in the state (a teacher).
         rand: number of uniform random numbers in [0, 1) the host must supply per step.
     """
 
@@ -132,6 +133,7 @@ class MethodSpec:
     trains: bool = True
     steps: bool = True
     min_batch: int = 1
+    serve_vector: str = "theta"
     rand: int = 0
 
     def unpack_hyper(self, vector: Tensor) -> dict[str, Tensor]:

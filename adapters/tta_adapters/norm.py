@@ -45,6 +45,8 @@ class NormAdapter:
         preprocess: applied to the input before the network, e.g. from 0..255 to the network's own normalisation.
         head: path of the classifier, whose input is reported as features; by default the last nn.Linear.
         classes: C, the length of the logits; by default the outputs of the classifier.
+        input_range: smallest and largest value that users send.
+        input_shape: of one input, without the batch; None where it is not known.
 
     Raises:
         SelectionError: the patterns select no normalisation layer, or ``head`` does not exist.
@@ -61,8 +63,12 @@ class NormAdapter:
         preprocess: Callable[[Tensor], Tensor] | None = None,
         head: str | None = None,
         classes: int | None = None,
+        input_range: tuple[float, float] = (0.0, 1.0),
+        input_shape: tuple[int, ...] | None = None,
     ) -> None:
         self._preprocess = preprocess
+        self._input_range = input_range
+        self.input_shape = input_shape
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         floating = [value.dtype for value in self.module.parameters() if value.is_floating_point()]
         self.dtype = floating[0] if floating else torch.float32
@@ -114,6 +120,16 @@ class NormAdapter:
         if self._classes is None:
             raise SelectionError("the number of classes is unknown: give `classes`, or the `head`")
         return int(self._classes)
+
+    def to_unit(self, x: Tensor) -> Tensor:
+        """What users send as floating point numbers in 0..1."""
+        low, high = self._input_range
+        return (x.to(self.dtype) - low) * (1.0 / (high - low))
+
+    def from_unit(self, x: Tensor) -> Tensor:
+        """Inverse of :meth:`to_unit`, but for the dtype."""
+        low, high = self._input_range
+        return low + (high - low) * x
 
     def head_weight(self) -> tuple[Tensor, Tensor] | None:
         """Weight [C, F] and bias [C] (zeros where it has none) of the linear classifier; None if there is none."""

@@ -95,7 +95,7 @@ def check_method(make: MakeMethod) -> None:
     """
     accepted = 0
     for name, network in small_networks().items():
-        adapter = NormAdapter(network)
+        adapter = NormAdapter(network, input_shape=(3, 8, 8))
         try:
             method = make(adapter)
         except ValueError:

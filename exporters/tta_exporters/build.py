@@ -150,6 +150,8 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NormAdapter, dic
             preprocess=options.input.preprocess,
             head=options.head,
             classes=options.classes,
+            input_range=(options.input.preprocess.low, options.input.preprocess.high),
+            input_shape=options.input.shape,
         )
         _check_finite(adapter)
         _check_logits(adapter, options)
@@ -393,6 +395,7 @@ def _describe(name: str, spec: MethodSpec) -> manifest.MethodSpec:
         doc=spec.doc,
         step=f"step.{name}" if spec.steps else None,
         logits=spec.logits,
+        serve_vector=spec.serve_vector,
         state=[
             manifest.StateSpec(name=entry.name, dtype="float32", shape=list(entry.shape), init=entry.init)
             for entry in spec.state
