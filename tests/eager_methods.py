@@ -213,3 +213,96 @@ class EagerT3a:
         unit = nn.functional.normalize(self.features, dim=1)
         hot = nn.functional.one_hot(self.labels, logits.shape[1]).to(unit.dtype)
         return features @ nn.functional.normalize(unit.t() @ hot, dim=0)
+
+
+View = Callable[[Tensor], Tensor]
+"""A random view of a batch of images; the tests draw it, so that both sides see the same one."""
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return -(target.softmax(1) * logits.log_softmax(1)).sum(1)
+
+
+class EagerRoid(Eager):
+    """Marsden et al., WACV 2024."""
+
+    view: View
+
+    def __init__(self, network: nn.Module, *, lr: float, pull: float = 0.01) -> None:
+        super().__init__(network, lr=lr, nesterov=True)
+        self.pull = pull
+        self.average: Tensor | None = None
+
+    def adapt(self, x: Tensor) -> Tensor:
+        logits = self.network(x)
+        count, classes = logits.shape
+        p = logits.detach().softmax(1)
+        if self.average is None:
+            self.average = torch.full((classes,), 1.0 / classes)
+        unlike = 1 - nn.functional.cosine_similarity(self.average[None], p, dim=1)
+        unlike = (unlike - unlike.min()) / (unlike.max() - unlike.min())
+        dropped = unlike < unlike.mean()
+        certain = -entropy(logits.detach())
+        certain = (certain - certain.min()) / (certain.max() - certain.min())
+        weight = torch.exp(3 * unlike * certain)
+        weight[dropped] = 0
+        self.average = 0.9 * self.average + 0.1 * p.mean(0)
+        q = logits.softmax(1).clip(max=0.99)
+        likelihood = -(q * torch.log(q / (1 - q) + 1e-5)).sum(1)
+        other = self.network(self.view(x))
+        consistency = 0.5 * soft_cross_entropy(other, logits) + 0.5 * soft_cross_entropy(logits, other)
+        ((weight * (likelihood + consistency)).sum() / count).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for value, source in zip(self.parameters, self.source, strict=True):
+                value.copy_((1 - self.pull) * value + self.pull * source)
+        prior = p.mean(0)
+        smooth = max(1 / count, 1 / classes) / prior.max()
+        return logits.detach() * (prior + smooth) / (1 + smooth * classes)
+
+
+class EagerCotta(Eager):
+    """Wang et al., CVPR 2022, on the parameters of norm layers."""
+
+    views: Sequence[View]
+    restored: Tensor
+    """[T] bool: which values return to the source in this step."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        lr: float,
+        confidence: float,
+        decay: float = 0.999,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__(network, lr=lr)
+        self.anchor, self.teacher = (Eager(network, lr=lr) for _ in range(2))
+        self.confidence, self.decay, self.symmetric = confidence, decay, symmetric
+        self.used_views = 0
+
+    def adapt(self, x: Tensor) -> Tensor:
+        logits = self.network(x)
+        with torch.no_grad():
+            sure = self.anchor.network(x).softmax(1).max(1).values.mean()
+            target = self.teacher.network(x)
+            if sure < self.confidence:
+                target = torch.stack([self.teacher.network(view(x)) for view in self.views]).mean(0)
+                self.used_views += 1
+        loss = soft_cross_entropy(logits, target)
+        if self.symmetric:
+            loss = 0.5 * loss + 0.5 * soft_cross_entropy(target, logits)
+        loss.mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters, self.parameters, strict=True):
+                slow.copy_(self.decay * slow + (1 - self.decay) * fast)
+            start = 0
+            for value, source in zip(self.parameters, self.source, strict=True):
+                mask = self.restored[start : start + value.numel()].reshape(value.shape)
+                value.copy_(torch.where(mask, source, value))
+                start += value.numel()
+        return target

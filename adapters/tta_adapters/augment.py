@@ -67,13 +67,13 @@ def augment(x: Tensor, u: Tensor, views: Views, normal: Tensor | None = None) ->
     Returns:
         Like x, in 0..1.
     """
-    x = x.clamp(0, 1)
-    x = (x * between(u[0], views.brightness)).clamp(0, 1)
+    x = x.clamp(0.0, 1.0)
+    x = (x * between(u[0], views.brightness)).clamp(0.0, 1.0)
     x = _blend(x, _grey(x).mean(dim=(1, 2, 3), keepdim=True), between(u[1], views.contrast))
     if x.shape[1] == 3:
         x = _blend(x, _grey(x), between(u[2], views.saturation))
         x = shift_hue(x, between(u[3], (-views.hue, views.hue)))
-    x = x.clamp(1e-8, 1) ** between(u[4], views.gamma)
+    x = x.clamp(1e-8, 1.0) ** between(u[4], views.gamma)
     x = affine(
         x,
         between(u[5], (-views.degrees, views.degrees)) * (math.pi / 180),
@@ -90,7 +90,7 @@ def augment(x: Tensor, u: Tensor, views: Views, normal: Tensor | None = None) ->
         if normal is None:
             raise ValueError("this family of views has noise: give a normal field")
         x = x + views.noise * normal
-    return x.clamp(0, 1)
+    return x.clamp(0.0, 1.0)
 
 
 def between(u: Tensor, limits: tuple[float, float]) -> Tensor:
@@ -121,7 +121,7 @@ def _grey(x: Tensor) -> Tensor:
 
 
 def _blend(x: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    return (share * x + (1 - share) * other).clamp(0, 1)
+    return (share * x + (1 - share) * other).clamp(0.0, 1.0)
 
 
 def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     for offset in (5.0, 3.0, 1.0):
         k = offset + 6 * hue
         k = k - 6 * torch.floor(k / 6)
-        channels.append(value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1))
+        channels.append(value - value * saturation * torch.minimum(k, 4 - k).clamp(0.0, 1.0))
     return torch.stack(channels, dim=1)
 
 
@@ -167,7 +167,7 @@ def affine(
     margin: int = 0,
     reflect: bool = False,
 ) -> Tensor:
-    """The image rotated and scaled about its centre, then moved, sampled bilinearly.
+    """The image rotated and scaled about its centre, then moved, sampled bilinearly between pixel centres.
 
     Args:
         x: [batch, channels, height, width].
@@ -187,15 +187,15 @@ def affine(
     across = columns[None, :] - right + torch.zeros_like(rows)[:, None]
     along = rows[:, None] - down + torch.zeros_like(columns)[None, :]
     cosine, sine = torch.cos(angle) / scale, torch.sin(angle) / scale
-    source_x = (cosine * across + sine * along) * (2 / width)
-    source_y = (cosine * along - sine * across) * (2 / height)
+    source_x = (cosine * across + sine * along) * (2 / (width - 1))
+    source_y = (cosine * along - sine * across) * (2 / (height - 1))
     grid = torch.stack([source_x, source_y], dim=-1)
     return F.grid_sample(
         x,
         grid.expand(x.shape[0], -1, -1, -1),
         mode="bilinear",
         padding_mode="reflection" if reflect else "border",
-        align_corners=False,
+        align_corners=True,
     )
 
 

@@ -61,5 +61,6 @@ def soft_likelihood_ratio(logits: Tensor) -> Tensor:
     Source: Marsden et al., Universal Test-time Adaptation through Weight Ensembling, Diversity Weighting, and Prior
     Correction, WACV 2024, eq. 3, with probabilities clipped at 0.99.
     """
-    q = logits.softmax(1).clamp(max=0.99)
+    p = logits.softmax(1)
+    q = torch.minimum(p, torch.full_like(p, 0.99))
     return -(q * torch.log(q / (1 - q) + 1e-5)).sum(1)

@@ -141,8 +141,8 @@ def sample_weights(logits: Tensor, average: Tensor, present: Tensor) -> Tensor:
 
 def _scaled(values: Tensor, present: Tensor) -> Tensor:
     """To 0..1 over the accepted samples; 0 where they are all alike."""
-    low = torch.where(present > 0, values, torch.full_like(values, FAR)).amin()
-    high = torch.where(present > 0, values, torch.full_like(values, -FAR)).amax()
+    low = torch.where(present > 0, values, torch.full_like(values, FAR)).amin(0)
+    high = torch.where(present > 0, values, torch.full_like(values, -FAR)).amax(0)
     width = high - low
     return (values - low) / torch.where(width > 0, width, torch.ones_like(width))
 
@@ -150,7 +150,7 @@ def _scaled(values: Tensor, present: Tensor) -> Tensor:
 def corrected(logits: Tensor, prior: Tensor, count: Tensor, classes: int) -> Tensor:
     """Logits [batch, C] multiplied by the smoothed prior [C] of a batch of ``count`` samples."""
     smallest = torch.maximum(1.0 / count, torch.full_like(count, 1.0 / classes))
-    largest = prior.amax()
+    largest = prior.amax(0)
     smooth = smallest / torch.where(largest > 0, largest, torch.ones_like(largest))
     factor = (prior + smooth) / (1 + smooth * classes)
     # Without an accepted sample there is no prior to correct by.
