@@ -15,19 +15,20 @@ from typing import IO
 
 from tta_edge.config import Config
 from tta_edge.service import Server
+from tta_runtime.atomic import DISK, Disk
 
 PATIENCE_S = 60.0
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
-def running(bundle: Path, **settings: object) -> Iterator[Server]:
+def running(bundle: Path, *, disk: Disk = DISK, **settings: object) -> Iterator[Server]:
     """A daemon on a free port in a thread of this process; its `endpoint` says where.
 
     What makes it fail to start, or to stop, is raised here.
     """
     defaults = {"bundle": str(bundle), "bind": "tcp://127.0.0.1:0", "http": "off", "threads": 1}
-    server = Server(Config(**{**defaults, **settings}))
+    server = Server(Config(**{**defaults, **settings}), disk=disk)
     failures: list[BaseException] = []
 
     def run() -> None:

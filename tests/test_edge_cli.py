@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -17,9 +18,14 @@ import tiny_bundle
 from running import daemon, process_environment, run_cli
 from tta_edge.client import Client
 from tta_edge.config import KEYS
+from tta_edge.settings import settings
 
-X = np.zeros((4, 8), np.float32)
-COMMANDS = ["serve", "stream", "evaluate", "demo"]
+X = np.zeros((16, 8), np.float32)
+COMMANDS = [
+    "serve", "status", "streams", "top", "adapt", "reset", "rollback", "reload", "events", "doctor", "stream",
+    "evaluate", "demo", "config",
+]  # fmt: skip
+CONFIG_COMMANDS = ["show", "check"]
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +203,9 @@ def test_version():
     assert result.stdout.startswith("tta-edge ")
 
 
-@pytest.mark.parametrize("command", [None, *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *(f"config {name}" for name in CONFIG_COMMANDS)])
 def test_help_names_the_exit_codes_and_an_example(command):
-    result = run_cli(*filter(None, [command]), "--help")
+    result = run_cli(*command.split(), "--help")
     assert result.returncode == 0
     words = " ".join(result.stdout.split())
     assert "Exit codes: 0 ok" in words
@@ -209,8 +215,10 @@ def test_help_names_the_exit_codes_and_an_example(command):
 
 
 def test_every_command_and_option_is_documented():
-    for name, command in parser().commands.items():
-        assert name in COMMANDS
+    commands = parser().commands
+    assert commands.keys() == set(COMMANDS)
+    assert commands["config"].commands.keys() == set(CONFIG_COMMANDS)
+    for name, command in [*commands.items(), *commands["config"].commands.items()]:
         assert command.help
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
@@ -219,6 +227,72 @@ def test_every_command_and_option_is_documented():
 def test_every_setting_has_a_flag_and_every_flag_a_setting():
     names = {parameter.name for parameter in parser().commands["serve"].params}
     assert names - {"config", "settings"} - {"help"} == set(KEYS) - {"hyper"}
+
+
+def test_the_help_of_a_setting_is_what_stands_below_it_in_the_code():
+    options = {parameter.name: parameter for parameter in parser().commands["serve"].params}
+    for key, setting in settings().items():
+        assert setting.doc.endswith("."), f"config.py says nothing about `{key}`"
+        if key not in ("hyper", "bundle"):
+            assert options[key].help.startswith(setting.doc)
+    assert "Default: 64." in options["step_batch"].help
+    assert "One of " in options["policy"].help
+
+
+def test_every_kind_of_setting_can_be_given_as_a_flag(bundle):
+    flags = [
+        "--no-adapt", "--policy", "every", "--budget", "0.5", "--step-batch", "8", "--window", "32",
+        "--bundle", f"night={bundle}", "--bundle", f"fog={bundle}", "--http", "off",
+    ]  # fmt: skip
+    with daemon(bundle, *flags) as process, Client(process.endpoint) as client:
+        status = client.status()
+        assert (status.adapt, status.policy) == (False, "every")
+        assert [each.name for each in status.bundles] == ["default", "night", "fog"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--bundle", "night"], "bad-value"),
+        (["--bundle", "a=x", "--bundle", "a=y"], "bad-value"),
+        (["--bundle", "../up=x"], "bad-value"),
+        (["--policy", "sometimes"], "bad-value"),
+        (["--budget", "2"], "bad-value"),
+    ],
+)
+def test_a_wrong_value_of_a_flag_is_named_with_the_flag(bundle, arguments, code):
+    result = run_cli("serve", bundle, *arguments)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, code)
+    assert arguments[0] in result.stderr
+
+
+def test_help_comes_soon():
+    """Against this machine's own start of numpy, which every command needs: what we add must stay small."""
+
+    def fastest_s(*command):
+        times = []
+        for _ in range(5):
+            began_s = time.perf_counter()
+            subprocess.run(command, capture_output=True, env=process_environment(), check=True)
+            times.append(time.perf_counter() - began_s)
+        return min(times)
+
+    bare_s = fastest_s(sys.executable, "-c", "import numpy, rich.console, rich.table, rich.panel, typer")
+    assert fastest_s(sys.executable, "-m", "tta_edge", "--help") < 2.5 * bare_s + 0.2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_loads_nothing_that_it_does_not_need(command):
+    code = (
+        "import contextlib, sys; from tta_edge.cli import main\n"
+        f"with contextlib.suppress(SystemExit): main([{command!r}, '--help'])\n"
+        "print('loaded', sorted({'zmq', 'onnxruntime', 'tta_edge.service', 'tta_edge.client'} & sys.modules.keys()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=process_environment(), check=True
+    )
+    assert result.stdout.splitlines()[-1] == "loaded []"
 
 
 def test_help_needs_neither_engine_nor_torch():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tta_edge.config import KEYS, Config, parse_settings, resolve
+from running import run_cli
+from tta_edge.config import KEYS, Config, parse_bundles, parse_settings, resolve
+from tta_edge.options import given as flags_given
+from tta_edge.settings import GROUPS, field_docs, settings
 from tta_runtime.errors import BadValue, ConfigError, UnknownKey
 
 
@@ -188,3 +192,137 @@ def test_files_that_cannot_be_read(tmp_path, toml):
         with pytest.raises(ConfigError) as caught:
             resolve(file=file)
         assert caught.value.fix
+
+
+# --- what each setting is ------------------------------------------------------------------------
+
+
+def test_every_setting_is_described_in_words():
+    for key, setting in settings().items():
+        assert setting.key == key
+        assert len(setting.doc) > 10
+        assert setting.doc.endswith(".")
+        assert "  " not in setting.doc
+    assert list(settings()) == list(KEYS)
+
+
+def test_kinds_choices_and_units_follow_from_the_declaration():
+    known = settings()
+    kinds = {
+        key: known[key].kind
+        for key in ("bind", "adapt", "threads", "budget", "state_dir", "hyper", "bundles")
+    }
+    assert kinds == {
+        "bind": str, "adapt": bool, "threads": int, "budget": float, "state_dir": str, "hyper": None, "bundles": None,
+    }  # fmt: skip
+    assert set(known["log_level"].choices) == {"debug", "info", "warning", "error"}
+    assert (known["drain_s"].unit, known["batch_wait_ms"].unit) == ("seconds", "milliseconds")
+    assert (known["max_batch"].unit, known["max_window_bytes"].unit) == ("", "bytes")
+
+
+def test_without_its_source_the_code_still_runs(monkeypatch):
+    import inspect
+
+    def absent(_):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", absent)
+    assert set(field_docs(Config).values()) == {""}
+
+
+def test_bundles_from_the_command_line_say_so():
+    resolved = resolve(flags=flags_given({"bundles": ["night=/n"], "bundle": "/d"}))
+    assert resolved.config.bundles["night"].path == "/n"
+    assert (resolved.origin["bundles"], resolved.origin["bundle"]) == ("flag --bundle", "argument BUNDLE")
+    assert flags_given({"bundles": None}) == {"bundles": None}
+
+
+@pytest.mark.parametrize("text", ["", "night", "=x", "night=", "a=x,a=y"])
+def test_a_malformed_bundle_is_named(text):
+    with pytest.raises(BadValue, match="NAME=DIRECTORY"):
+        parse_bundles(text.split(","), "here")
+
+
+# --- config show and config check ----------------------------------------------------------------
+
+
+def test_show_tells_every_key_its_value_and_its_origin(toml):
+    file = toml('max_batch = 7\n[hyper.tent]\nlr = 0.5\n[bundles.night]\npath = "n"\n')
+    done = run_cli("config", "show", "--json", "--config", file, "--set", "momentum=0.5", TTA_SEED="3")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert rows.keys() >= set(KEYS)
+    assert all(row.keys() == {"value", "unit", "origin", "doc"} for row in rows.values())
+    found = {key: (rows[key]["value"], rows[key]["origin"]) for key in rows}
+    assert found["max_batch"] == (7, f"file {file}")
+    assert found["seed"] == (3, "environment TTA_SEED")
+    assert found["hyper.momentum"] == (0.5, "flag --set")
+    assert found["hyper.tent.lr"] == (0.5, f"file {file}")
+    assert found["window"] == (256, "default")
+    assert found["bundles"][0]["night"]["path"] == str(file.parent / "n")
+    assert rows["drain_s"]["unit"] == "seconds"
+
+
+def test_show_for_people(toml):
+    done = run_cli("config", "show", "--config", toml('bind = "tcp://127.0.0.1:7000"'), COLUMNS="160")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "tcp://127.0.0.1:7000" in text
+    assert "Most samples in one request." in text
+    assert "environment TTA_HTTP" in text
+
+
+def test_check_says_what_a_file_sets(toml):
+    done = run_cli("config", "check", toml("max_batch = 7\n[hyper]\nlr = 1"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("is right and sets hyper, max_batch")
+    assert "nothing" in run_cli("config", "check", toml("")).stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("max_bacth = 7", "unknown-key", "did you mean `max_batch`"),
+        ("max_batch = 0", "bad-value", "max_batch"),
+        ("= 1", "bad-value", "not a TOML file"),
+        ('[bundles."../up"]\npath = "x"', "bad-value", "bundles"),
+        ('[bundles.a]\npaht = "x"', "bad-value", "paht"),
+    ],
+)
+def test_check_and_show_refuse_what_serve_refuses(toml, text, code, words):
+    file = toml(text)
+    for arguments in (["check", file], ["show", "--config", file], ["show", "--json", "--config", file]):
+        done = run_cli("config", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error ({code}): ")
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('bind = "127.0.0.1:5555"', "bad-endpoint"),
+        ('bind = "tcp://0.0.0.0:5555"', "remote-bind-refused"),
+        ('http = "5556"', "bad-endpoint"),
+        ('http = "0.0.0.0:5556"', "remote-bind-refused"),
+    ],
+)
+def test_check_refuses_addresses_that_serve_would_refuse(toml, text, code):
+    done = run_cli("config", "check", toml(text))
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"error ({code}): ")
+    assert run_cli("config", "check", toml(f"allow_remote = true\n{text}")).returncode == (
+        3 if code == "bad-endpoint" else 0
+    )
+
+
+def test_every_setting_has_a_group_whose_first_key_exists():
+    assert set(GROUPS) <= set(KEYS)
+    assert {setting.group for setting in settings().values()} == set(GROUPS.values())
+
+
+def test_check_looks_at_the_file_alone(toml):
+    assert run_cli("config", "check", toml("seed = 1"), TTA_SEED="many").returncode == 0
+    assert run_cli("config", "show", "--config", toml("seed = 1"), TTA_SEED="many").returncode == 2
+    assert run_cli("config", "check").returncode == 2
+    assert run_cli("config", "check", toml("").parent / "missing.toml").returncode == 2

@@ -6,20 +6,27 @@ import json
 import logging
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import tiny_bundle
 from figures import busy_stats, status, stream
+from running import process_environment, running
+from tta_edge.client import Client
 from tta_edge.errors import AddressInUse, BadEndpoint, CannotBind, RemoteBindRefused
 from tta_edge.health import MAX_CONNECTIONS, MAX_REQUEST_BYTES, HealthServer
 
 PATIENCE_S = 20
 PATHS = ("/metrics", "/livez", "/readyz")
+X, _ = tiny_bundle.samples(16, seed=3, shift=0.5)
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -301,6 +308,56 @@ def test_scrapes_are_not_logged(server, caplog, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+SHORT_OF_DESCRIPTORS = """
+import logging, os, resource, sys, threading
+from tta_edge.health import HealthServer
+
+class Alive:
+    def alive(self):
+        return True
+
+logging.basicConfig(level="DEBUG")
+server = HealthServer("127.0.0.1:0", Alive(), False)
+server.start()
+print(server.endpoint, flush=True)
+sys.stdin.readline()
+for thread in threading.enumerate():
+    if thread.name == "tta-http-request":
+        thread.join()
+free = os.dup(0)
+os.close(free)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+print("none left", flush=True)
+sys.stdin.readline()
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+sys.stdin.readline()
+server.close()
+"""
+
+
+def test_without_descriptors_a_connection_waits_and_is_served_later():
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", SHORT_OF_DESCRIPTORS]
+    with subprocess.Popen(command, env=process_environment(), text=True, bufsize=1, **pipes) as process:
+        patience = threading.Timer(PATIENCE_S, process.kill)  # then the lines waited for below end
+        patience.start()
+        server = SimpleNamespace(endpoint=process.stdout.readline().strip())
+        assert_serves(server)
+        process.stdin.write("take them\n")
+        assert process.stdout.readline() == "none left\n"
+        with connect(server) as client:
+            client.sendall(GET)
+            while "cannot accept" not in process.stderr.readline():
+                assert process.poll() is None
+            process.stdin.write("give them back\n")
+            assert to_the_end(client).startswith(b"HTTP/1.0 200 ")
+        _, log = process.communicate("end\n", timeout=PATIENCE_S)
+        patience.cancel()
+    assert process.returncode == 0
+    assert log.count("cannot accept") < 10, "it does not spin"
+
+
 # --- a daemon that is slow or defective ---------------------------------------------------------------
 
 
@@ -330,6 +387,104 @@ def test_a_defect_is_answered_without_its_trace_and_logged_once(server, told, ca
     told.defect = RuntimeError("again")
     ask(server, "/metrics")
     assert len(caplog.records) == 2
+
+
+# --- a daemon that really runs ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bundles") / "tiny"
+    tiny_bundle.build(path)
+    return path
+
+
+@pytest.fixture(params=["inline", "always"])
+def daemon_under_load(bundle, request):
+    """(server, client) of a daemon to which another client sends batches all the time, so that it steps."""
+    with running(bundle, http="127.0.0.1:0", policy=request.param, step_batch=16, window=64) as daemon:
+        ended = threading.Event()
+        failures = []
+
+        def send():
+            with Client(daemon.endpoint, timeout_s=PATIENCE_S) as client:
+                while not ended.is_set():
+                    try:
+                        client.predict(X, stream="camera-1")
+                    except Exception as error:  # noqa: BLE001 - shown by the assertion below
+                        failures.append(error)
+                        return
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        with Client(daemon.endpoint, timeout_s=PATIENCE_S) as client:
+            yield http_end(daemon), client
+        ended.set()
+        sender.join(PATIENCE_S)
+        assert failures == []
+
+
+def http_end(server):
+    """The HTTP end of a daemon, as the helpers above want it."""
+    return SimpleNamespace(endpoint=server.http_endpoint)
+
+
+def scraped(server):
+    """Sample name -> sum over its series."""
+    totals = {}
+    code, _, body = ask(server, "/metrics")
+    assert code == 200
+    for family in text_string_to_metric_families(body.decode()):
+        for sample in family.samples:
+            totals[sample.name] = totals.get(sample.name, 0) + sample.value
+    return totals
+
+
+def test_scrapes_see_steps_go_on_and_counters_never_fall(daemon_under_load):
+    server, _ = daemon_under_load
+    before, began = scraped(server), time.monotonic()
+    counters = [name for name in before if name.endswith(("_total", "_bucket", "_count"))]
+    counters.remove("tta_inference_pending_request_count")
+    goal = before["tta_steps_total"] + 20
+    while before["tta_steps_total"] < goal:
+        assert time.monotonic() - began < PATIENCE_S
+        now = scraped(server)
+        assert [name for name in counters if now[name] < before[name]] == []
+        before = now
+    assert before["tta_step_duration_seconds_count"] == before["tta_steps_total"]
+
+
+def test_idle_http_clients_do_not_keep_the_daemon_from_answering(daemon_under_load):
+    server, client = daemon_under_load
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(connect(server))
+        steps = client.predict(X).steps
+        assert client.predict(X, adapt=False).steps >= steps
+        assert client.status().requests.failed == 0
+
+
+def test_liveness_and_readiness_of_a_real_daemon(bundle):
+    with running(bundle, http="127.0.0.1:0") as daemon:
+        server = http_end(daemon)
+        assert ask(server, "/livez")[0] == ask(server, "/readyz")[0] == 200
+    with pytest.raises(ConnectionError):
+        connect(server)
+
+
+def test_without_http_nothing_listens(bundle):
+    with running(bundle, http="off") as daemon:
+        assert daemon.http_endpoint == ""
+
+
+def test_a_daemon_whose_http_port_is_taken_does_not_start_and_leaves_its_own_port_free(bundle, server):
+    host, port = place(server)
+    with socket.create_server(("127.0.0.1", 0)) as chosen:
+        bind = f"tcp://127.0.0.1:{chosen.getsockname()[1]}"
+    with pytest.raises(AddressInUse, match="`http`"), running(bundle, bind=bind, http=f"{host}:{port}"):
+        pass
+    with running(bundle, bind=bind) as daemon:
+        assert daemon.endpoint == bind
 
 
 # --- where it listens ---------------------------------------------------------------------------------

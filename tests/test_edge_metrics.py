@@ -133,11 +133,12 @@ def test_switches_and_failures_are_zero_or_one():
     assert value(found, "tta_disk_ok") == 1
 
 
-def test_the_counters_of_a_bundle_begin_at_zero_so_that_a_rate_sees_its_first_event():
+def test_counters_begin_at_zero_so_that_a_rate_sees_their_first_event():
     found = scrape()
     assert value(found, "tta_inference_request_success_total", bundle="default") == 0
     assert value(found, "tta_steps_total", bundle="default", result="refused") == 0
     assert value(found, "tta_dropped_samples_total") == 0
+    assert value(found, "tta_rollbacks_total", reason="collapse") == 0
 
 
 def test_a_bundle_that_is_no_longer_served_keeps_its_counters():

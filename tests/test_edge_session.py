@@ -50,9 +50,50 @@ def test_one_request_goes_there_and_back():
 def test_a_stale_reply_is_dropped_and_the_next_one_is_not():
     client, daemon = ClientSession(), server()
     (first,), _ = daemon.receive(PEER, predict(client), 0.0)
-    (second,), _ = daemon.receive(PEER, predict(client), 0.0)  # the client gave up on the first
+    client.abandon(first.message.id)
+    (second,), _ = daemon.receive(PEER, predict(client), 0.0)
     assert read(client, answer(daemon, first)) is None
     assert read(client, answer(daemon, second)).message.id == second.message.id
+
+
+def test_a_client_may_have_several_requests_open_and_each_is_closed_once():
+    client, daemon = ClientSession(), server(capacity=3)
+    arrived = [daemon.receive(PEER, predict(client), 0.0)[0][0] for _ in range(3)]
+    assert client.open == {1, 2, 3}
+    for request in reversed(arrived):
+        replies = answer(daemon, request)
+        assert read(client, replies).message.id == request.message.id
+        assert read(client, replies) is None  # the same once more
+    assert client.open == set()
+
+
+def test_a_request_that_cannot_be_encoded_opens_nothing():
+    client = ClientSession()
+    with pytest.raises(errors.TensorMismatch):
+        client.request(wire.Predict(id=0, x=wire.declare(X)), {})
+    assert (client.open, client.last_id) == (set(), 0)
+
+
+def test_a_broken_reply_closes_its_request_or_all_where_its_id_cannot_be_read():
+    client = ClientSession()
+    for _ in range(3):
+        client.request(wire.Info(id=0))
+    with pytest.raises(errors.UnknownMessage):
+        client.receive([wire.PROTOCOL, b"\x82\xa4type\xa4pong\xa2id\x02"])
+    assert client.open == {1, 3}
+    with pytest.raises(errors.BadFraming):
+        client.receive([b"?"])
+    assert client.open == set()
+
+
+def test_a_lost_connection_closes_all_that_was_open():
+    client = ClientSession()
+    for _ in range(2):
+        client.request(wire.Info(id=0))
+    assert client.lost() == {1, 2}
+    assert client.lost() == frozenset()
+    client.request(wire.Info(id=0))
+    assert client.open == {3}  # an id is not used again: a reply to the old connection cannot be taken for it
 
 
 def test_what_cannot_be_read_is_answered_and_opens_nothing():

@@ -149,3 +149,18 @@ def test_average_pooling_spreads_the_gradient(
 def test_padding(pad: list[int]) -> None:
     x = random(2, 3, 5, 6)
     torch.testing.assert_close(lower.constant_pad_nd(x, pad, 1.5), F.pad(x, pad, value=1.5))
+
+
+@pytest.mark.parametrize(
+    ("dim", "start", "end", "step"),
+    [(2, 0, 9, 2), (3, 1, 8, 3), (1, 1, 3, 1), (-1, -4, -1, 1), (2, 0, 9223372036854775807, 4), (2, 8, 9, 2)],
+)
+def test_a_slice_sends_its_gradient_back_to_where_it_came_from(
+    dim: int, start: int, end: int, step: int
+) -> None:
+    x = random(2, 3, 9, 8).requires_grad_(True)
+    y = torch.ops.aten.slice.Tensor(x, dim, start, end, step)
+    grad = random(*y.shape, seed=2)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    found = lower.slice_backward(grad, x.shape, dim, start, end, step)
+    torch.testing.assert_close(found, expected)

@@ -22,7 +22,13 @@ FOLDERS = {
     "edge": "tta_edge",
     "cloud": "tta_cloud",
 }
-COMMANDS = {"tta-edge": ["serve", "stream", "evaluate", "demo"], "tta-export": ["build", "check", "info"]}
+COMMANDS = {
+    "tta-edge": [
+        "serve", "status", "streams", "top", "adapt", "reset", "rollback", "reload", "events", "doctor", "config",
+        "stream", "evaluate", "demo",
+    ],
+    "tta-export": ["build", "check", "info"],
+}  # fmt: skip
 CORE = {
     "numpy",
     "pyzmq",

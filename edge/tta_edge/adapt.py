@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from tta_edge.wire import StreamState
 from tta_runtime import theta as thetas
 from tta_runtime.errors import BatchTooSmall, EngineError, NonFinite, StaleBase, WrongBatch
 from tta_runtime.model import Checkpoint, Model, Step
+from tta_runtime.state_file import MAX_NOTES
 
 CHECKPOINTS = 2
 """Good states of a stream that are kept to return to."""
@@ -108,6 +110,11 @@ def _finite(array: NDArray[Any]) -> bool:
 
 def _ignore(_: Event) -> None:
     """The listener of a stream nobody listens to."""
+
+
+def _always() -> bool:
+    """The switch of a stream that nobody switches."""
+    return True
 
 
 class Stream:
@@ -221,14 +228,16 @@ class Stream:
             reason = self._observe(logits, source) or reason
         return Answer(logits, source if compare else None, False, reason, {})
 
-    def step_on(self, x: NDArray[Any]) -> bool | None:
+    def step_on(self, x: NDArray[Any], *, allowed: Callable[[], bool] = _always) -> bool | None:
         """One background step.
 
         Args:
             x: [batch, ...] of samples that were answered before.
+            allowed: the daemon's switch, asked when the step is about to be committed.
 
         Returns:
-            True if it was committed, False if it was refused, None if theta changed meanwhile.
+            True if it was committed, False if it was refused, None if theta changed, or adaptation was switched
+            off, meanwhile.
 
         Raises:
             InputError: the method cannot step on such a batch.
@@ -240,13 +249,24 @@ class Stream:
                 self._tell("refuse", Reason.ENGINE, error.cause)
             return False
         with self._lock:
-            if self._closed or not self.adapts:
+            if self._closed or not self.adapts or not allowed():
                 return None
             try:
                 return self._settle(step) in (None, Reason.PERIODIC)
             except StaleBase as error:
                 self._tell("refuse", Reason.STALE, error.cause)
                 return None
+
+    def switch(self, on: bool) -> None:
+        """Let the stream adapt, a suspended one too, or not; a step that is under way is not committed then."""
+        with self._lock:
+            self.enabled = on
+            self.suspended = self.suspended and not on
+
+    def fence(self) -> None:
+        """Return when no commit is under way; the next one asks anew whether it is allowed."""
+        with self._lock:
+            return
 
     def close(self) -> None:
         """From now on nothing is committed: the stream goes to disk, or to another bundle."""
@@ -267,6 +287,7 @@ class Stream:
             self._strikes = self._calm = 0
             self._to_source()
             self._tell("reset", reason, detail)
+            self._returned(None)
 
     def roll_back(self, reason: Reason = Reason.REQUESTED, detail: str = "asked for by a client") -> bool:
         """Return theta and state together to the newest checkpoint; a further call to the one before.
@@ -280,10 +301,10 @@ class Stream:
                 checkpoint = self.checkpoints.pop()
                 self.model.restore(checkpoint)
                 self.monitor.clear()
-                self._keeper.returned(self, checkpoint, self.notes())
             else:
                 self._to_source()
             self._tell("rollback", reason, f"{detail}; now at {self.model.steps} steps")
+            self._returned(self.model.checkpoint if found else None)
             return found
 
     def resume(self, checkpoint: Checkpoint, notes: str, *, before: Checkpoint | None, restored: str) -> None:
@@ -303,6 +324,13 @@ class Stream:
             self.restored = restored
             self._take_notes(notes)
 
+    def record(self, event: Event) -> None:
+        """Count something that happened to this stream, and tell of it."""
+        with self._lock:
+            self.counts[event.reason] += 1
+            self.last_event = f"{event.action}: {event.reason}"
+        self._tell_all(event)
+
     def notes(self) -> str:
         """What must survive beside theta and state, so that the guards decide as if nothing had been."""
         with self._lock:
@@ -315,12 +343,18 @@ class Stream:
                 "last_event": self.last_event,
                 "monitor": self.monitor.notes(),
             }
-            return msgspec.json.encode(form).decode()
+            notes = msgspec.json.encode(form).decode()
+            if (
+                len(notes) > MAX_NOTES
+            ):  # with tens of thousands of classes; such a file could not be read again
+                notes = msgspec.json.encode({**form, "monitor": None}).decode()
+            return notes
 
     def _take_notes(self, notes: str) -> None:
         try:
             form = msgspec.json.decode(notes) if notes else {}
-            self.monitor.take_notes(form["monitor"])
+            if form["monitor"] is not None:
+                self.monitor.take_notes(form["monitor"])
             self.enabled, self.suspended = bool(form["enabled"]), bool(form["suspended"])
             self._strikes, self._calm = int(form["strikes"]), int(form["calm"])
             self.counts = Counter({str(name): int(count) for name, count in form["counts"].items()})
@@ -347,15 +381,20 @@ class Stream:
             self.suspended = True
             self._to_source()
             self._tell("suspend", Reason.COLLAPSE, f"{self._strikes} collapses; reset it or switch it on")
+            self._returned(None)
         return Reason.COLLAPSE
 
     def _to_source(self) -> None:
         self.model.reset()
         self.checkpoints.clear()
         self.monitor.clear()
-        # A stream that is as new leaves nothing behind; one that stays suspended must be found suspended again.
-        kept = self.model.checkpoint if self.suspended or not self.enabled else None
-        self._keeper.returned(self, kept, self.notes())
+
+    def _returned(self, checkpoint: Checkpoint | None) -> None:
+        """Have it saved that the stream went back: to a checkpoint, or to the source."""
+        if checkpoint is None and (self.suspended or not self.enabled):
+            # A stream that is as new leaves nothing behind; one that stays suspended must be found so again.
+            checkpoint = self.model.checkpoint
+        self._keeper.returned(self, checkpoint, self.notes())
 
     def _step(self, x: NDArray[Any]) -> tuple[Step | None, Reason | None]:
         """A committed step, or why there is none."""
@@ -413,6 +452,4 @@ class Stream:
         return self.model.predict(x).logits, Reason.NON_FINITE_LOGITS
 
     def _tell(self, action: str, reason: Reason, detail: str) -> None:
-        self.counts[reason.value] += 1
-        self.last_event = f"{action}: {reason.value}"
-        self._tell_all(Event(self.bundle, self.name, action, reason.value, detail))
+        self.record(Event(self.bundle, self.name, action, reason.value, detail))

@@ -34,9 +34,9 @@ Merge = Callable[[Arrived], Mergeable | None]
 def group(waiting: Sequence[Arrived | Call], merge: Merge, most: int) -> list[int]:
     """Which of the waiting requests are answered together next.
 
-    The first one, and of those behind it the ones with the same key while they fit. A request that stands alone
-    and belongs to somebody else is passed by, so two streams do not wait for each other; a command (reset,
-    switch) or a call is a fence that nothing overtakes.
+    The first one, and of those behind it the ones with the same key while they fit. Requests of other streams are
+    passed by, so that streams do not wait for each other; within a stream nothing is overtaken, and a command
+    (reset, switch) or a call is a fence for all.
 
     Args:
         waiting: in the order of arrival, not empty.
@@ -58,23 +58,21 @@ def group(waiting: Sequence[Arrived | Call], merge: Merge, most: int) -> list[in
         if not isinstance(other, Arrived) or "x" not in other.tensors:
             break
         theirs = merge(other)
-        if theirs is None:
-            if _same_stream(first, other):
-                break  # an inline step in between changes what later requests of the stream are answered with
-            continue
-        if theirs.key == mine.key:
+        if theirs is not None and theirs.key == mine.key:
             if samples + theirs.samples > most:
                 break
             places.append(place)
             samples += theirs.samples
+        elif _same_stream(first, other):
+            break  # an inline step in between changes what later requests of the stream are answered with
     return places
 
 
 def _same_stream(one: Arrived, other: Arrived) -> bool:
-    return all(
-        getattr(one.message, name, None) == getattr(other.message, name, None)
-        for name in ("bundle", "stream")
-    )
+    """Whether it may be: the empty name of a bundle stands for one of the names."""
+    bundles = {getattr(request.message, "bundle", "") for request in (one, other)}
+    streams = {getattr(request.message, "stream", "") for request in (one, other)}
+    return len(streams) == 1 and len(bundles - {""}) <= 1
 
 
 class Inbox:
@@ -141,5 +139,6 @@ class Inbox:
             sizes = [found.samples for item in requests if (found := self._merge(item)) is not None]
             return self._closed or len(places) < len(self._waiting) or sum(sizes) >= self._most
 
-        while not full() and (left_s := until_s - self._clock()) > 0:
+        # More than that is left only where the clock jumped back.
+        while not full() and 0 < (left_s := until_s - self._clock()) <= self._wait_s:
             self._changed.wait(left_s)

@@ -12,7 +12,11 @@ from typing import Annotated
 import typer
 
 from tta_edge import exit_codes
+from tta_edge.commands_config import config
+from tta_edge.commands_doctor import doctor
+from tta_edge.commands_operate import adapt, events, reload, reset, rollback, status, streams, top
 from tta_edge.commands_stream import demo, evaluate, stream
+from tta_edge.options import BundleDirectory, ConfigFile, HyperSettings, given, with_settings
 from tta_runtime.errors import BadValue, TtaError
 
 EPILOG = exit_codes.HELP
@@ -45,79 +49,33 @@ def _options(
 
 
 @app.command(epilog=EPILOG)
-def serve(
-    bundle: Annotated[
-        str | None,
-        typer.Argument(help="Directory of a bundle; without it the built-in one.", show_default=False),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="How theta changes; default: the bundle's own choice.")
-    ] = None,
-    bind: Annotated[
-        str | None,
-        typer.Option(help="Where to listen; port 0 takes a free one. Default: tcp://127.0.0.1:5555."),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file of settings. Flags and TTA_* variables are stronger.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A hyper-parameter, as lr=0.001 or tent.lr=0.001."),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the random numbers that a method uses.")] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Most samples in one request.")] = None,
-    max_request_bytes: Annotated[int | None, typer.Option(help="Most tensor bytes in one request.")] = None,
-    max_queue: Annotated[
-        int | None, typer.Option(help="Most requests waiting; one more is answered busy.")
-    ] = None,
-    max_queue_bytes: Annotated[int | None, typer.Option(help="Most tensor bytes waiting; likewise.")] = None,
-    max_streams: Annotated[int | None, typer.Option(help="Most streams held in memory.")] = None,
-    max_distance: Annotated[
-        float | None, typer.Option(help="Radius of the ball around the source theta, relative.")
-    ] = None,
-    reset_every_steps: Annotated[
-        int | None, typer.Option(help="Back to the source after so many steps; 0 never.")
-    ] = None,
-    drain_s: Annotated[
-        float | None, typer.Option(help="Seconds open requests may take to finish at the end.")
-    ] = None,
-    allow_remote: Annotated[
-        bool | None,
-        typer.Option(
-            "--allow-remote/--no-allow-remote",
-            help="Allow a bind that other machines can reach. Clients are not authenticated.",
-            show_default=False,
-        ),
-    ] = None,
-    ready_file: Annotated[
-        str | None, typer.Option(help="File to leave the endpoint in when ready; removed at the end.")
-    ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    log_format: Annotated[str | None, typer.Option(help="text, or json for one object per line.")] = None,
-) -> None:
-    """Serve a bundle and let it adapt to what it sees, until SIGTERM or Ctrl-C.
+@with_settings(bundle=BundleDirectory)
+def serve(config: ConfigFile = None, settings: HyperSettings = None, **flags: object) -> None:
+    """Serve a bundle, or several, and let it adapt to what it sees, until SIGTERM or Ctrl-C.
 
     Prints `ready tcp://HOST:PORT` on stderr when it answers. Every option can also stand in the file of
-    --config, under its name with underscores, or in the environment as TTA_NAME.
+    --config, under its name with underscores, or in the environment as TTA_NAME. SIGHUP reads all bundles again.
 
     Example: tta-edge serve my-bundle --method tent --set lr=0.001 --bind tcp://127.0.0.1:5555
     """
-    given = dict(locals())
     from tta_edge import logs
-    from tta_edge.config import KEYS, resolve
+    from tta_edge.config import resolve
     from tta_edge.service import Server
 
-    flags = {key: value for key, value in given.items() if key in KEYS}
-    resolved = resolve(flags=flags, settings=settings or (), environment=os.environ, file=config)
+    resolved = resolve(flags=given(flags), settings=settings or (), environment=os.environ, file=config)
     logs.configure(resolved.config.log_level, resolved.config.log_format)
     ready = None if resolved.config.ready_file is None else Path(resolved.config.ready_file)
     server = Server(resolved.config, on_ready=_announce(ready, resolved.config.log_format))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
+    signal.signal(signal.SIGHUP, lambda *_: server.reload_all())
+    # Python runs a handler only between two of its own instructions: a signal that comes just before the main loop
+    # begins to wait would be slept through, did it not write to what the loop waits for.
+    signal.set_wakeup_fd(server.wake_fd, warn_on_full_buffer=False)
     try:
         server.run()
     finally:
+        signal.set_wakeup_fd(-1)
         if ready is not None:
             ready.unlink(missing_ok=True)
 
@@ -143,9 +101,16 @@ def _announce(ready: Path | None, form: str) -> Callable[[str], None]:
     return announce
 
 
-app.command("stream", epilog=EPILOG)(stream)
-app.command("evaluate", epilog=EPILOG)(evaluate)
-app.command("demo", epilog=EPILOG)(demo)
+OPERATE: tuple[Callable[..., None], ...] = (
+    status, streams, top, adapt, reset, rollback, reload, events, doctor,
+)  # fmt: skip
+MEASURE: tuple[Callable[..., None], ...] = (stream, evaluate, demo)
+
+for command in OPERATE:
+    app.command(command.__name__, epilog=EPILOG)(command)
+app.add_typer(config)
+for command in MEASURE:
+    app.command(command.__name__, epilog=EPILOG)(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

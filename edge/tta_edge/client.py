@@ -7,101 +7,73 @@ with Client("tcp://127.0.0.1:5555") as client:
 
 from __future__ import annotations
 
+import random
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+import weakref
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
-import zmq
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from tta_edge import errors as edge_errors
-from tta_edge.endpoint import parse
-from tta_edge.errors import Busy, DeadlineExceeded, RemoteError, Unreachable, WireError
-from tta_edge.session import ClientSession, Frames
+from tta_edge import calls
+from tta_edge.calls import DEFAULT_ENDPOINT, DEFAULT_TIMEOUT_S, Ask, Reply, as_error
+from tta_edge.client_io import IoThread
+from tta_edge.connection import Call
+from tta_edge.retry import NEVER, Retry
 from tta_edge.wire import (
-    ErrorReply,
-    Info,
+    AdaptDone,
+    EventsReply,
     InfoReply,
-    Predict,
-    Prediction,
     Received,
-    Request,
-    Reset,
+    ReloadDone,
     ResetDone,
-    Status,
+    RollbackDone,
+    ServerLimits,
     StatusReply,
-    Tensors,
-    declare,
 )
-from tta_runtime import errors as runtime_errors
-from tta_runtime.errors import TooLarge, TtaError
-from tta_runtime.numerics import entropy
+from tta_runtime.errors import TtaError
 
-DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
-RECONNECT_MS, RECONNECT_MAX_MS = (
-    50,
-    2_000,
-)  # the socket library reconnects by itself, backing off between these
-HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 2_000, 6_000
+__all__ = ["DEFAULT_ENDPOINT", "DEFAULT_TIMEOUT_S", "Client", "Reply", "Retry", "as_error"]
 
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """Answer to one batch.
-
-    Attributes:
-        logits: [batch, classes], float32.
-        source_logits: the frozen source's, [batch, classes]; `None` unless compared.
-        entropy: [batch], in nats, of the predicted distributions.
-        source_entropy: the same for the frozen source; `None` unless compared.
-        adapted: whether the stream adapted to this batch.
-        reason: code of why it did not, or of why the stream was reset; empty where there is nothing to say.
-        steps: committed steps of the stream.
-        distance: relative L2 distance of theta to the source theta.
-        theta_digest: of the theta that the stream has now.
-        report: the step's named numbers.
-        compute_ms: inside the daemon, without waiting in its queue.
-        latency_ms: from the call to the reply.
-    """
-
-    logits: NDArray[np.float32]
-    source_logits: NDArray[np.float32] | None
-    entropy: NDArray[np.float32]
-    source_entropy: NDArray[np.float32] | None
-    adapted: bool
-    reason: str
-    steps: int
-    distance: float
-    theta_digest: str
-    report: Mapping[str, float]
-    compute_ms: float
-    latency_ms: float
+T = TypeVar("T")
 
 
 class Client:
-    """A connection to one daemon. Not for use by several threads at once: give each its own.
+    """A connection to one daemon, which is found again after it was restarted.
+
+    Several threads may share one. Every call raises, besides what the daemon refuses it with:
+
+    - `Unreachable`: no connection within the deadline; nothing was sent.
+    - `DeadlineExceeded`: no answer within the deadline; the request may still be carried out.
+    - `ConnectionLost`: the connection broke while the request was open; it may have been carried out.
+    - `Busy`, `Draining`: the daemon has no place, or is shutting down; nothing was done.
+    - `WireError`: a field that the daemon would not take, or an answer that breaks the specification.
+    - `ClientClosed`: the client was closed before, or by another thread meanwhile.
 
     Args:
         endpoint: `tcp://HOST:PORT`.
-        timeout_s: of every call, connecting included.
+        timeout_s: of every call, connecting included; each method takes one of its own for a single call.
+        retry: whether a call that was certainly not carried out is made again; without it never.
 
     Raises:
         BadEndpoint: the endpoint is malformed. Whether somebody listens shows with the first call.
+        BadValue: timeout_s is not a positive number of seconds.
     """
 
-    def __init__(self, endpoint: str = DEFAULT_ENDPOINT, *, timeout_s: float = 10.0) -> None:
-        parse(endpoint)
+    def __init__(
+        self,
+        endpoint: str = DEFAULT_ENDPOINT,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retry: Retry | None = None,
+    ) -> None:
         self.endpoint = endpoint
-        self.timeout_s = timeout_s
-        self._session = ClientSession()
-        self._info: InfoReply | None = None
-        self._socket = _dealer(endpoint)
+        self.timeout_s = calls.checked_timeout(timeout_s)
+        self._retry = retry or NEVER
+        self._io = IoThread(endpoint)
+        self._limits: tuple[int, ServerLimits] | None = None  # with the number of connections lost before
+        weakref.finalize(self, self._io.stop)  # one that is dropped without `close` leaves no thread behind
 
     def __enter__(self) -> Client:
         return self
@@ -112,143 +84,123 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; what was not answered is abandoned."""
-        self._socket.close(linger=0)
+        """Close the connection; calls of other threads end with `ClientClosed`. May be repeated."""
+        self._io.stop()
+        self._io.join()
 
     def predict(
-        self, x: ArrayLike, *, stream: str = "default", adapt: bool = True, compare: bool = False
+        self,
+        x: ArrayLike,
+        stream: str = "default",
+        bundle: str = "",
+        *,
+        adapt: bool = True,
+        compare: bool = False,
+        timeout_s: float | None = None,
     ) -> Reply:
-        """Predictions for one batch, adapting the stream to it in the same pass.
+        """Predictions for one batch, which the stream adapts to, in the same pass or in the background.
 
         Args:
             x: [batch, ...] of the dtype and shape that `info().input` says.
             stream: whose theta answers and adapts; streams never share anything.
-            adapt: false leaves the stream as it is.
+            bundle: which of the daemon's; empty for its first.
+            adapt: false leaves the stream as it is and collects nothing.
             compare: ask for the frozen source's logits too (one more forward pass).
+            timeout_s: of this call, instead of the client's.
 
         Raises:
-            InputError: the batch is not what the bundle takes.
-            Busy: the daemon's queue is full; `retry_after_s` says when to repeat.
-            Unreachable: nobody answers at the endpoint.
-            DeadlineExceeded: the daemon took longer than `timeout_s`; it may still adapt to the batch.
+            InputError: the batch is not what the bundle takes, or larger than the daemon takes.
+            TooManyStreams: the stream is new and the daemon holds no more.
         """
-        began_s = time.monotonic()
-        array = np.asarray(x)
-        self._check_size(array)
-        message = Predict(id=0, stream=stream, adapt=adapt, compare=compare, x=declare(array))
-        received = self._call(message, {"x": array}, Prediction)
-        answer: Prediction = received.message
-        logits, source = received.tensors["logits"], received.tensors.get("source_logits")
-        return Reply(
-            logits=logits,
-            source_logits=source,
-            entropy=entropy(logits),
-            source_entropy=None if source is None else entropy(source),
-            adapted=answer.adapted,
-            reason=answer.reason,
-            steps=answer.steps,
-            distance=answer.distance,
-            theta_digest=answer.theta_digest,
-            report=answer.report,
-            compute_ms=answer.compute_ms,
-            latency_ms=(time.monotonic() - began_s) * 1e3,
-        )
+        ask = calls.predict(x, stream=stream, bundle=bundle, adapt=adapt, compare=compare)
+        return self._call(ask, timeout_s)
 
-    def info(self) -> InfoReply:
-        """What is served: model, method, input, classes, limits. Raises what `predict` raises."""
-        info: InfoReply = self._call(Info(id=0), None, InfoReply).message
-        self._info = info
-        return info
+    def info(self, bundle: str = "", *, timeout_s: float | None = None) -> InfoReply:
+        """What is served: model, method, input, classes, limits."""
+        return self._call(calls.info(bundle), timeout_s)
 
-    def status(self) -> StatusReply:
-        """How the daemon is doing: streams, requests, latency. Raises what `predict` does."""
-        status: StatusReply = self._call(Status(id=0), None, StatusReply).message
-        return status
+    def status(self, *, timeout_s: float | None = None) -> StatusReply:
+        """How the daemon is doing: bundles, streams, requests, latency."""
+        return self._call(calls.status(), timeout_s)
 
-    def reset(self, stream: str = "default") -> str:
-        """Return a stream to the source; gives the digest of its theta.
+    def reset(
+        self, stream: str = "default", bundle: str = "", *, timeout_s: float | None = None
+    ) -> ResetDone:
+        """Return a stream to the source.
 
         Raises:
             UnknownStream: the daemon has no such stream.
         """
-        done: ResetDone = self._call(Reset(id=0, stream=stream), None, ResetDone).message
-        return done.theta_digest
+        return self._call(calls.reset(stream, bundle), timeout_s)
 
-    def _check_size(self, array: NDArray[Any]) -> None:
-        """Refuse here what would make the daemon close the connection without a word."""
-        limits = (self._info or self.info()).limits
-        if array.nbytes > limits.max_request_bytes:
-            raise TooLarge(
-                f"the batch has {array.nbytes} bytes, {self.endpoint} takes {limits.max_request_bytes}",
-                "Send smaller batches, or raise `max_request_bytes` of the daemon",
-            )
+    def rollback(
+        self, stream: str = "default", bundle: str = "", *, timeout_s: float | None = None
+    ) -> RollbackDone:
+        """Return a stream to its last good checkpoint, or to the source where it has none.
 
-    def _call(self, message: Request, tensors: Tensors | None, expected: type[R]) -> Received[Any]:
-        deadline_s = time.monotonic() + self.timeout_s
-        frames = self._session.request(message, tensors)
-        self._send(frames, deadline_s)
-        received = self._receive(deadline_s)
-        if isinstance(received.message, ErrorReply):
-            raise as_error(received.message)
-        if not isinstance(received.message, expected):
-            raise WireError(
-                f"the daemon answered `{type(message).__name__}` with `{type(received.message).__name__}`",
-                "Use a client and a daemon of the same version",
-            )
-        return received
+        Raises:
+            UnknownStream: the daemon has no such stream.
+        """
+        return self._call(calls.rollback(stream, bundle), timeout_s)
 
-    def _send(self, frames: Frames, deadline_s: float) -> None:
-        # The socket takes a message only when connected, so "nobody is there" and "no answer" differ.
-        if not self._socket.poll(_left_ms(deadline_s), zmq.POLLOUT):
-            raise Unreachable(
-                f"nothing accepts connections at {self.endpoint} within {self.timeout_s:g} s",
-                "Start the daemon (tta-edge serve), or correct the endpoint",
-            )
-        self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+    def adapt(
+        self, on: bool, stream: str = "", bundle: str = "", *, timeout_s: float | None = None
+    ) -> AdaptDone:
+        """Switch adaptation on or off, for one stream or, without a name, for the whole daemon.
 
-    def _receive(self, deadline_s: float) -> Received[Any]:
-        while self._socket.poll(_left_ms(deadline_s), zmq.POLLIN):
-            frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
-            received = self._session.receive(frames)
-            if received is not None:
-                return received
-        raise DeadlineExceeded(
-            f"{self.endpoint} did not answer within {self.timeout_s:g} s",
-            "Raise timeout_s, send smaller batches, or look at the daemon's log",
-        )
+        Raises:
+            UnknownStream: the daemon has no such stream.
+        """
+        return self._call(calls.adapt(on, stream, bundle), timeout_s)
 
+    def reload(self, bundle: str = "", *, timeout_s: float | None = None) -> ReloadDone:
+        """Read a bundle's directory again; returns when the new one answers, so allow it some time.
 
-def _left_ms(deadline_s: float) -> int:
-    return max(0, round((deadline_s - time.monotonic()) * 1e3))
+        Raises:
+            BundleError: what is there now cannot be served; the old one goes on.
+            ReloadUnderWay: another reload of it has not finished.
+        """
+        return self._call(calls.reload(bundle), timeout_s)
 
+    def events(self, limit: int = 100, *, timeout_s: float | None = None) -> EventsReply:
+        """The newest `limit` (1 to 1000) events of the daemon, oldest first."""
+        return self._call(calls.events(limit), timeout_s)
 
-def _dealer(endpoint: str) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-    socket.linger = 0
-    socket.setsockopt(zmq.IMMEDIATE, 1)
-    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-    socket.connect(endpoint)
-    return socket
+    def _call(self, ask: Ask[T], timeout_s: float | None) -> T:
+        timeout_s = self.timeout_s if timeout_s is None else calls.checked_timeout(timeout_s)
+        attempt = 1
+        while True:
+            try:
+                return self._attempt(ask, timeout_s)
+            except TtaError as error:
+                wait_s = self._retry.before_next(error, attempt, random.random())
+                if wait_s is None:
+                    raise
+            time.sleep(wait_s)
+            attempt += 1
 
+    def _attempt(self, ask: Ask[T], timeout_s: float) -> T:
+        began_s = time.monotonic()
+        if ask.tensors:
+            calls.check_size(ask.nbytes, self._known_limits(timeout_s, began_s), self.endpoint)
+        return ask.result(*self._exchange(ask, timeout_s, began_s))
 
-@cache
-def _errors_by_code() -> Mapping[str, type[TtaError]]:
-    """Every named error of the runtime and the edge by its code."""
-    modules = (runtime_errors, edge_errors)
-    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    return {kind.code: kind for kind in classes if issubclass(kind, TtaError)}
+    def _known_limits(self, timeout_s: float, began_s: float) -> ServerLimits:
+        """What the daemon takes in one request; asked again after a connection was lost."""
+        losses = self._io.losses
+        if self._limits is None or self._limits[0] != losses:
+            ask = calls.info("")
+            info = ask.result(*self._exchange(ask, timeout_s, began_s))
+            self._limits = losses, info.limits
+        return self._limits[1]
 
-
-def as_error(reply: ErrorReply) -> TtaError:
-    """The error that a reply carries, as the class with its code; a `RemoteError` if there is none here."""
-    kind = _errors_by_code().get(reply.code)
-    if kind is None:
-        return RemoteError(f"{reply.code}: {reply.cause}", reply.fix)
-    error = kind(reply.cause, reply.fix)
-    if isinstance(error, Busy):
-        error.retry_after_s = reply.retry_after_s
-    return error
+    def _exchange(self, ask: Ask[Any], timeout_s: float, began_s: float) -> tuple[Received[Any], float]:
+        ended = threading.Event()
+        call = Call(ask.message, ask.tensors, timeout_s, began_s)
+        self._io.submit(call, ended.set)
+        try:
+            ended.wait()  # its thread keeps the deadline
+        finally:
+            if call.outcome is None:
+                self._io.cancel(call)
+        return call.received()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tta_edge.commands_operate import ENDPOINT, To
 from tta_edge.exit_codes import ExitCode
 from tta_runtime.errors import ConfigError
 
@@ -47,7 +48,7 @@ class OutputUnwritable(ConfigError):
 def stream(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     shift: Annotated[str | None, typer.Option(help=SHIFT_HELP, show_default=False)] = None,
-    to: Annotated[str, typer.Option(help="Where the daemon listens.")] = "tcp://127.0.0.1:5555",
+    to: To = ENDPOINT,
     batch: Batch = 64,
     limit: Limit = None,
     shuffle: Shuffle = False,
@@ -76,7 +77,7 @@ def stream(
     from rich.console import Console
 
     from tta_edge.client import Client
-    from tta_edge.live import Streamer, StreamPlan, results, to_json
+    from tta_edge.live import PATIENT, Streamer, StreamPlan, results, to_json
     from tta_edge.streams.measures import Recovery
     from tta_edge.streams.sources import open_source
     from tta_edge.view import LiveView, stream_table
@@ -93,7 +94,7 @@ def stream(
     console, recovery = Console(), Recovery()
     whole: list[Phase] = []
     interrupted = False
-    with Client(to, timeout_s=timeout_s) as client:
+    with Client(to, timeout_s=timeout_s, retry=PATIENT) as client:
         streamer = Streamer(client, plan)
         title = f"{opened.name} to {to}: {streamer.info.model_id}, method {streamer.info.method}"
         try:

@@ -83,7 +83,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     window: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
     """Most samples that wait for a step, for each stream; beyond it the oldest are dropped."""
     max_window_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
-    """Most bytes that wait for steps, over all streams; beyond it new samples are not collected."""
+    """Most bytes that wait for steps, over all streams; beyond it the samples of those streams are dropped that
+    got none for the longest."""
     batch_max: Annotated[int, Meta(ge=1)] = 64
     """Most samples of requests answered in one run of the engine; 1 answers each request by itself."""
     batch_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 0.0

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from tta_edge.client import Client
 from tta_edge.errors import StartError
-from tta_edge.live import OnBatch, Phase, Result, Streamer, StreamPlan, results, to_json
+from tta_edge.live import PATIENT, OnBatch, Phase, Result, Streamer, StreamPlan, results, to_json
 from tta_edge.streams.measures import Recovery
 from tta_edge.streams.shifts import Shift
 from tta_edge.streams.sources import open_source
@@ -94,7 +94,7 @@ def run(
     plan = StreamPlan(
         open_source("digits"), shifts, batch=BATCH, seed=seed, stream="demo", reset_between=True
     )
-    with daemon("--method", method) as endpoint, Client(endpoint, timeout_s=START_S) as client:
+    with daemon("--method", method) as endpoint, Client(endpoint, timeout_s=START_S, retry=PATIENT) as client:
         phases = Streamer(client, plan, on_batch).run()
     clean, shifted = results(phases, recovery)
     if clean is None:
@@ -112,7 +112,8 @@ def daemon(*arguments: str) -> Iterator[str]:
         DaemonFailed: it ended, or was silent for too long, before it was ready.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TTA_")}
-    command = [sys.executable, "-m", "tta_edge", "serve", "--bind", "tcp://127.0.0.1:0", *arguments]
+    serve = ["serve", "--bind", "tcp://127.0.0.1:0", "--http", "off"]
+    command = [sys.executable, "-m", "tta_edge", *serve, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         yield _endpoint(process)

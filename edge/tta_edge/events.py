@@ -19,6 +19,7 @@ from tta_edge.wire import EventEntry
 
 log = logging.getLogger(__name__)
 
+_OWN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no file elsewhere, no pipe that nobody reads
 KEPT = 1000  # events in memory; older ones are in the file of the state directory, if there is one
 
 
@@ -165,13 +166,14 @@ class EventFile:
         """Add a line.
 
         Raises:
-            OSError: from the operating system; at worst a part of the line was written.
+            OSError: from the operating system; the line is not there then.
         """
-        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _OWN, 0o600)
         try:
             size = os.fstat(fd).st_size
             if size == 0 or size + len(line) <= self.max_bytes:
-                os.write(fd, line)
+                if os.write(fd, line) < len(line):
+                    os.ftruncate(fd, size)  # the disk is full: the next line must not follow half of one
                 return
         finally:
             os.close(fd)

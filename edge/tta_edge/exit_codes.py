@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from tta_edge.errors import ClientError, ServiceError, StartError, WireError
+from tta_edge.errors import (
+    BadField,
+    ClientError,
+    ServiceError,
+    StartError,
+    UnknownBundle,
+    UnknownStream,
+    WireError,
+)
 from tta_runtime.errors import (
     BundleError,
     ConfigError,
@@ -35,6 +43,9 @@ HELP = (
 
 _BY_ERROR: tuple[tuple[type[TtaError], ExitCode], ...] = (
     (ConfigError, ExitCode.USAGE),
+    (UnknownBundle, ExitCode.USAGE),
+    (UnknownStream, ExitCode.USAGE),
+    (BadField, ExitCode.USAGE),
     (MethodError, ExitCode.USAGE),
     (BundleError, ExitCode.BAD_DATA),
     (InputError, ExitCode.BAD_DATA),

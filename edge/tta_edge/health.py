@@ -90,6 +90,7 @@ class HealthServer:
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
+        log.info("metrics and health at %s", self.endpoint)
 
     def close(self) -> None:
         """Stop listening and end every connection. Returns at once where `start` was never called."""

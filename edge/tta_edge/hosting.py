@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tta_edge.config import DEFAULT_BUNDLE, BundleConfig, Config
 from tta_runtime import Limits
 from tta_runtime.bundle import Bundle
-from tta_runtime.engine import EngineOptions
+from tta_runtime.engine import Engine, EngineOptions
+from tta_runtime.engine_ort import OrtEngine
 from tta_runtime.errors import BadValue, UnknownMethod, did_you_mean
 from tta_runtime.model import Engines, Model
 
 log = logging.getLogger(__name__)
+
+NICENESS = 10  # of threads that step, so that an answer comes first where the cores do not suffice
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,19 @@ def divide(config: Config, cores: int) -> Threads:
         return Threads(threads, config.step_threads or threads)
     step = config.step_threads or max(1, threads // 2)
     return Threads(max(1, threads - step), step)
+
+
+def give_way() -> None:
+    """Let the calling thread, and those it starts, run after the others where the cores do not suffice."""
+    with suppress(OSError, AttributeError):  # where the system has no niceness for threads
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
+
+
+def _in_the_background(bundle: Bundle, graph: str, options: EngineOptions) -> Engine:
+    """An engine whose own threads give way: they are as nice as the thread that loads it."""
+    with ThreadPoolExecutor(1, "tta-loader", initializer=give_way) as pool:
+        return pool.submit(OrtEngine, bundle, graph, options).result()
 
 
 @dataclass(frozen=True)
@@ -98,8 +117,14 @@ def wanted(config: Config) -> dict[str, BundleConfig]:
     return {DEFAULT_BUNDLE: BundleConfig(path=config.bundle or _builtin(), method=config.method), **bundles}
 
 
-def load(name: str, bundle: BundleConfig, config: Config, *, loads: int = 1) -> Host:
+def load(name: str, bundle: BundleConfig, config: Config, *, before: Host | None = None) -> Host:
     """Open a bundle and load what its method needs.
+
+    Args:
+        name: in this daemon.
+        bundle: where it is.
+        config: of the daemon.
+        before: the one that it replaces. Its engines are taken over where every file is the same.
 
     Raises:
         BundleError: the bundle is refused.
@@ -110,12 +135,11 @@ def load(name: str, bundle: BundleConfig, config: Config, *, loads: int = 1) -> 
     known = opened.manifest.methods
     method = bundle.method or opened.manifest.default_method
     threads = divide(config, usable_cores())
-    engines = Engines.load(
-        opened,
-        methods=[method],
-        options=EngineOptions(threads=threads.serve),
-        step_options=EngineOptions(threads=threads.step),
-    )
+    if before is not None and (before.engines.bundle.digest, before.method) == (opened.digest, method):
+        engines = before.engines
+    else:
+        engines = _engines(opened, method, threads, background=config.policy != "inline")
+    loads = 1 if before is None else before.loads + 1
     host = Host(name, Path(bundle.path), engines, method, config.hyper_of(method), loads)
     host.model(config)  # a wrong hyper-parameter stops the daemon, or the reload, and not its first client
     log.info(
@@ -130,6 +154,22 @@ def load(name: str, bundle: BundleConfig, config: Config, *, loads: int = 1) -> 
         opened.digest[:12],
     )
     return host
+
+
+def _engines(bundle: Bundle, method: str, threads: Threads, *, background: bool) -> Engines:
+    step_options = EngineOptions(threads=threads.step)
+
+    def loader(bundle: Bundle, graph: str, options: EngineOptions) -> Engine:
+        apart = background and options is step_options
+        return (_in_the_background if apart else OrtEngine)(bundle, graph, options)
+
+    return Engines.load(
+        bundle,
+        methods=[method],
+        options=EngineOptions(threads=threads.serve),
+        step_options=step_options,
+        loader=loader,
+    )
 
 
 def load_all(config: Config) -> dict[str, Host]:

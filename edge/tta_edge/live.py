@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from tta_edge.client import Client, Reply
 from tta_edge.errors import Busy, UnknownStream
+from tta_edge.retry import Retry
 from tta_edge.streams.measures import Recovery, drift, gap_recovered, recovery_samples
 from tta_edge.streams.order import batches, order
 from tta_edge.streams.preprocess import Preprocess, preprocess
@@ -24,9 +24,8 @@ from tta_runtime.errors import BadValue
 from tta_runtime.numerics import softmax
 
 NO_SHIFT = "none"
-BUSY_TRIES = 10
-BUSY_WAIT_S = 0.2
-"""How long to wait before asking a full daemon again, where it does not say so itself."""
+PATIENT = Retry(attempts=10, wait_s=0.2, errors=(Busy,))
+"""How a stream deals with a daemon that is busy. One that is not there is an error at once."""
 
 
 @dataclass(eq=False)
@@ -272,7 +271,8 @@ class Streamer:
             phase = Phase(shift)
             self.phases.append(phase)
             for batch in batches(plan.source, shift, self._places, batch=plan.batch, seed=plan.seed):
-                reply = self._ask(self._to_input(batch.images))
+                x = self._to_input(batch.images)
+                reply = self._client.predict(x, stream=plan.stream, compare=True)
                 phase.add(reply, None if self._labels is None else self._labels[batch.indices])
                 if self.on_batch is not None:
                     self.on_batch(self.phases, reply)
@@ -281,15 +281,6 @@ class Streamer:
     def _reset(self) -> None:
         with suppress(UnknownStream):  # nobody has used it yet: it will start at the source
             self._client.reset(self._plan.stream)
-
-    def _ask(self, x: NDArray[Any]) -> Reply:
-        """One request; a full daemon is asked again, a bounded number of times."""
-        for _ in range(BUSY_TRIES - 1):
-            try:
-                return self._client.predict(x, stream=self._plan.stream, compare=True)
-            except Busy as busy:
-                Event().wait(busy.retry_after_s or BUSY_WAIT_S)
-        return self._client.predict(x, stream=self._plan.stream, compare=True)
 
 
 def results(phases: Sequence[Phase], recovery: Recovery) -> tuple[Result | None, list[Result]]:

@@ -21,11 +21,31 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from tta_edge.events import Reason
 from tta_edge.stats import BOUNDS_S, Figures, Histogram
 from tta_edge.wire import StatusReply, StreamState, StreamStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STEP_RESULTS = ("committed", "refused")
+CAUSES: Mapping[str, tuple[Reason, ...]] = {
+    "reset": (
+        Reason.REQUESTED,
+        Reason.PERIODIC,
+        Reason.BALL,
+        Reason.NON_FINITE_LOGITS,
+        Reason.OTHER_BUNDLE,
+    ),
+    "rollback": (Reason.REQUESTED, Reason.COLLAPSE),
+    "refuse": (
+        Reason.NON_FINITE_LOGITS,
+        Reason.NON_FINITE_THETA,
+        Reason.NON_FINITE_STATE,
+        Reason.BALL,
+        Reason.STALE,
+        Reason.ENGINE,
+    ),
+}
+"""What can be behind an action: counted from 0, because a rate does not see the first value of a new series."""
 
 Samples = Iterable[tuple[tuple[str, ...], Any]]
 """Label values, in the order of the definition's labels, and the value: a number, or a `Histogram`."""
@@ -134,7 +154,8 @@ def _events(action: str) -> Callable[[StatusReply, Figures], Samples]:
     """The events of one action by their reason."""
 
     def read(_: StatusReply, figures: Figures) -> Samples:
-        return [((reason,), count) for (what, reason), count in figures.events.items() if what == action]
+        expected = dict.fromkeys((reason.value for reason in CAUSES[action]), 0)
+        return _by_name(expected | {why: n for (what, why), n in figures.events.items() if what == action})
 
     return read
 

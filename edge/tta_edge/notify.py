@@ -18,20 +18,20 @@ SEND_S = 0.2  # for a service manager that does not read; then the notice is los
 
 
 def watchdog_s(environment: Mapping[str, str]) -> float | None:
-    """How often to feed the watchdog: half the time after which systemd takes the daemon for hung.
+    """How long systemd waits for a sign of life before it takes the daemon for hung; half of it is a good interval.
 
     Args:
         environment: of the process; WATCHDOG_USEC and WATCHDOG_PID are looked at.
 
     Returns:
-        Seconds between two calls of `Notifier.watchdog`; None where nobody waits for this process.
+        Seconds; None where nobody waits for this process.
     """
     try:
         limit_us = int(environment.get("WATCHDOG_USEC", ""))
         pid = int(environment.get("WATCHDOG_PID", os.getpid()))
     except ValueError:
         return None
-    return limit_us / 2e6 if limit_us > 0 and pid == os.getpid() else None
+    return limit_us / 1e6 if limit_us > 0 and pid == os.getpid() else None
 
 
 class Notifier:

@@ -71,6 +71,8 @@ class Registry:
         found = self._streams.get((host.name, name))
         if found is not None:
             return found
+        if self._store is not None:
+            self._store.used((host.name, name))
         self._make_room()
         stream = self._make(host, name)
         if self._store is not None:
@@ -128,10 +130,16 @@ class Registry:
             if self._carry(data, new, old):
                 kept += 1
             else:
-                restarted += 1  # slots on disk are set aside when they are next read, as any other bundle's
+                restarted += 1  # the other slot on disk is set aside when it is next read
             new.samples, new.enabled = old.samples, old.enabled
             with self._lock:
                 self._streams[new.key] = new  # in the place of the old one
+            if self._saver is None:
+                continue
+            if worth_saving(new):  # also in place of a job that waits, which fits the old bundle only
+                self._saver.keep(new, new.model.checkpoint, new.notes())
+            else:
+                self._saver.drop(old)
         return kept, restarted
 
     def save_all(self) -> None:
@@ -150,11 +158,14 @@ class Registry:
 
     def _restore(self, store: StateStore, stream: Stream, reason: Reason) -> None:
         found = store.load(stream)
-        if found is None:
-            return
-        stream.resume(found.checkpoint, found.notes, before=found.before, restored=found.slot)
-        detail = f"{found.slot}: {stream.model.steps} steps, theta {stream.model.digest[:12]}"
-        self._tell(Event(*stream.key, "restore", reason.value, detail))
+        restored = found.restored
+        if restored is not None:
+            stream.resume(restored.checkpoint, restored.notes, before=restored.before, restored=restored.slot)
+        for event in found.set_aside:
+            stream.record(event)
+        if restored is not None:
+            detail = f"{restored.slot}: {stream.model.steps} steps, theta {stream.model.digest[:12]}"
+            self._tell(Event(*stream.key, "restore", reason.value, detail))
 
     def _make_room(self) -> None:
         while len(self._streams) >= self._max_streams:
@@ -168,8 +179,10 @@ class Registry:
             try:
                 if worth_saving(oldest):
                     self._saver.save_now(oldest)
-            except StateUnwritable as error:
+            except BaseException as error:
                 oldest.reopen()
+                if not isinstance(error, StateUnwritable):
+                    raise
                 raise TooManyStreams(
                     f"{len(self._streams)} streams are held and none can go to disk: {error.cause}", error.fix
                 ) from error
@@ -191,5 +204,10 @@ class Registry:
 
 
 def worth_saving(stream: Stream) -> bool:
-    """Whether a stream is more than a new one would be."""
-    return stream.model.spec.step is not None and (stream.samples > 0 or stream.restored != "source")
+    """Whether a stream is more than a new one, or what is on disk, would be.
+
+    One that was restored and not used since is on disk as it is, with the state before it; saving would cost that.
+    """
+    if stream.model.spec.step is None:
+        return False
+    return stream.samples > 0 or not stream.enabled or stream.suspended

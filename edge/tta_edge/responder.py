@@ -77,6 +77,7 @@ class Responder:
         stats: shared with whoever reads them.
         emit: takes the replies.
         call: has something done by the answering thread between two requests.
+        open_requests: how many requests are being worked on.
         clock: seconds, the same one that stamps arrivals.
         disk: what writes to the state directory.
 
@@ -92,6 +93,7 @@ class Responder:
         *,
         emit: Emit,
         call: Callable[[Call], None],
+        open_requests: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
         disk: Disk = DISK,
     ) -> None:
@@ -99,6 +101,7 @@ class Responder:
         self._stats = stats
         self._emit = emit
         self._call = call
+        self._open_requests = open_requests
         self._clock = clock
         self._began_s = clock()
         self._guards = Guards(
@@ -160,7 +163,14 @@ class Responder:
             return None
         if message.adapt and self._policy.inline(len(x)):
             return None
-        key = (message.bundle, message.stream, message.adapt, message.compare, x.dtype.str, x.shape[1:])
+        key = (
+            message.bundle or self._default,
+            message.stream,
+            message.adapt,
+            message.compare,
+            x.dtype.str,
+            x.shape[1:],
+        )
         return Mergeable(key, len(x))
 
     def respond(self, group: list[Arrived]) -> None:
@@ -237,13 +247,14 @@ class Responder:
             stream = self._registry.find(self._host(message.bundle), message.stream)
             self._stepper.drop(stream)
             stream.reset()
-            self._settle(stream)
-            return ResetDone(id=message.id, stream=stream.name, theta_digest=stream.model.digest)
+            durable = self._settle(stream) or self._store is None  # without a directory a restart is a reset
+            digest = stream.model.digest
+            return ResetDone(id=message.id, stream=stream.name, theta_digest=digest, durable=durable)
         if isinstance(message, Rollback):
             stream = self._registry.find(self._host(message.bundle), message.stream)
             self._stepper.drop(stream)
             found = stream.roll_back()
-            self._settle(stream)
+            durable = self._settle(stream) or (self._store is None and not found)
             model = stream.model
             return RollbackDone(
                 id=message.id,
@@ -251,6 +262,7 @@ class Responder:
                 theta_digest=model.digest,
                 steps=model.steps,
                 to="checkpoint" if found else "source",
+                durable=durable,
             )
         if isinstance(message, Adapt):
             return self._switch(message)
@@ -264,14 +276,16 @@ class Responder:
         word = "on" if message.on else "off"
         if not message.stream:
             self._adapting = message.on
+            if not message.on:
+                self._stepper.drop_all()  # what came before must not be adapted on when it is on again
+                for each in self._registry.all():
+                    each.fence()
             durable = self._saver is not None and self._saver.save_switch(message.on)
             self.events.add(Event("", "", "switch", Reason.REQUESTED.value, f"adaptation is {word}"))
             return AdaptDone(id=message.id, on=message.on, stream="", durable=durable)
         stream = self._registry.find(self._host(message.bundle), message.stream)
-        stream.enabled = message.on
-        if message.on:
-            stream.suspended = False
-        else:
+        stream.switch(message.on)
+        if not message.on:
             self._stepper.drop(stream)
         if self._saver is not None:
             self._saver.keep(stream, stream.model.checkpoint, stream.notes())
@@ -303,7 +317,7 @@ class Responder:
     def _load(self, old: Host, bundle: BundleConfig, arrived: Arrived | None) -> None:
         """In the loader's thread: load, then hand the result to the answering thread."""
         try:
-            new = load(old.name, bundle, self._config, loads=old.loads + 1)
+            new = load(old.name, bundle, self._config, before=old)
         except TtaError as error:
             refused = error
             self._call(lambda: self._reload_failed(old, refused, arrived))
@@ -370,9 +384,7 @@ class Responder:
             ),
         )
 
-    def status(
-        self, request_id: int = 0, figures: Figures | None = None, open_requests: int = 0
-    ) -> StatusReply:
+    def status(self, request_id: int = 0, figures: Figures | None = None) -> StatusReply:
         """How the daemon is doing; for any thread."""
         figures = figures or self._stats.figures()
         return StatusReply(
@@ -386,7 +398,10 @@ class Responder:
             stored_streams=self._registry.stored(),
             state_dir=self._config.state_dir or "",
             requests=Requests(
-                ok=figures.ok, failed=figures.failed, open=open_requests, failures=dict(figures.refused)
+                ok=figures.ok,
+                failed=figures.failed,
+                open=self._open_requests(),
+                failures=dict(figures.refused),
             ),
             latency_ms=figures.latency(),
             rss_bytes=resident_bytes(),

@@ -1,16 +1,17 @@
 """A thread that writes: checkpoints and events reach the disk without anybody waiting for it.
 
 For each stream only the newest job waits. What cannot be written is told once, the daemon goes on in memory, and
-the next job tries again.
+the job waits for the next one, or for a few seconds, to be tried again.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from tta_edge.adapt import Keeper, Stream
 from tta_edge.events import Event, Reason
@@ -22,8 +23,44 @@ from tta_runtime.model import Checkpoint
 log = logging.getLogger(__name__)
 
 MAX_LINES = 1000  # events that wait for the disk; beyond it the oldest are only in memory
+RETRY_S = 5.0  # until what could not be written is tried again, if nothing else is to be written before
+SWITCH: Key = ("", "")
+"""Stands for the kill switch where streams have their keys."""
 
-Job = Callable[[], None]
+
+@dataclass(frozen=True)
+class Job:
+    """What the disk shall hold of a stream.
+
+    Attributes:
+        stream: whose it is.
+        checkpoint: None for a stream that is as new.
+        notes: saved with the checkpoint.
+        alone: whether what was saved before must go.
+    """
+
+    stream: Stream
+    checkpoint: Checkpoint | None
+    notes: str
+    alone: bool
+
+    def write(self, store: StateStore) -> None:
+        """Carry it out; raises StateUnwritable."""
+        if self.checkpoint is None:
+            store.clear(self.stream)
+        else:
+            store.save(self.stream, self.checkpoint, self.notes, alone=self.alone)
+
+
+@dataclass(frozen=True)
+class Switching:
+    """What the disk shall hold of the kill switch."""
+
+    adapt: bool
+
+    def write(self, store: StateStore) -> None:
+        """Carry it out; raises StateUnwritable."""
+        store.save_switch(self.adapt)
 
 
 class Saver(Keeper):
@@ -31,29 +68,42 @@ class Saver(Keeper):
 
     Args:
         store: the state directory.
-
-    Attributes:
-        error: why the last write failed; empty when it succeeded.
+        retry_s: see `RETRY_S`.
     """
 
-    def __init__(self, store: StateStore) -> None:
-        self.error = ""
+    def __init__(self, store: StateStore, *, retry_s: float = RETRY_S) -> None:
         self._store = store
-        self._jobs: dict[Key, Job] = {}
+        self._retry_s = retry_s
+        self._jobs: dict[Key, Job | Switching] = {}
         self._lines: deque[bytes] = deque(maxlen=MAX_LINES)
         self._wanted = threading.Condition()
         self._writing = threading.Lock()
+        self._failed: dict[Key, str] = {}
+        self._resume_s = 0.0  # jobs wait until then, unless a new one comes
         self._ending = False
         self._thread = threading.Thread(target=self._work, name="tta-saver", daemon=True)
         self._thread.start()
 
+    @property
+    def error(self) -> str:
+        """Why something is not on disk that should be; empty where all is."""
+        with self._wanted:
+            return next(iter(self._failed.values()), "")
+
     def keep(self, stream: Stream, checkpoint: Checkpoint, notes: str) -> None:
         """Save a checkpoint soon."""
-        self._put(stream.key, lambda: self._store.save(stream, checkpoint, notes))
+        self._put(Job(stream, checkpoint, notes, alone=False))
 
     def returned(self, stream: Stream, checkpoint: Checkpoint | None, notes: str) -> None:
         """Make what is saved agree soon with a stream that went back."""
-        self._put(stream.key, lambda: self._store.replace(stream, checkpoint, notes))
+        self._put(Job(stream, checkpoint, notes, alone=True))
+
+    def drop(self, stream: Stream) -> None:
+        """Forget the job of a stream that waits: what it holds fits the bundle no longer."""
+        with self._writing:
+            with self._wanted:
+                self._jobs.pop(stream.key, None)
+            self._note(stream.key, "")
 
     def line(self, line: bytes) -> None:
         """Write an event's line soon."""
@@ -65,33 +115,29 @@ class Saver(Keeper):
         """Save a stream as it is now, in place of any job of it that waits.
 
         Raises:
-            StateUnwritable: the operating system refuses.
+            StateUnwritable: the operating system refuses; it is tried again.
         """
-        with self._writing:  # after a job of this stream that is being written
-            with self._wanted:
-                self._jobs.pop(stream.key, None)
-            self._try(lambda: self._store.save(stream, stream.model.checkpoint, stream.notes()))
+        self.keep(stream, stream.model.checkpoint, stream.notes())
+        self._write_now(stream.key)
 
     def settle(self, stream: Stream) -> bool:
         """Write the job of a stream that waits, now; gives whether the disk holds what it should."""
-        with self._writing:
-            with self._wanted:
-                job = self._jobs.pop(stream.key, None)
-            with suppress(StateUnwritable):
-                if job is not None:
-                    self._try(job)
-                return True
+        with suppress(StateUnwritable):
+            self._write_now(stream.key)
+            return True
         return False
 
     def save_switch(self, adapt: bool) -> bool:
-        """Make the kill switch survive; gives whether it does."""
-        with self._writing, suppress(StateUnwritable):
-            self._try(lambda: self._store.save_switch(adapt))
+        """Make the kill switch survive; gives whether it does yet."""
+        with self._wanted:
+            self._jobs[SWITCH] = Switching(adapt)
+        with suppress(StateUnwritable):
+            self._write_now(SWITCH)
             return True
         return False
 
     def close(self) -> None:
-        """Write what waits, then end."""
+        """Write what waits, what failed before once more, then end."""
         with self._wanted:
             self._ending = True
             self._wanted.notify()
@@ -99,25 +145,35 @@ class Saver(Keeper):
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _put(self, key: Key, job: Job) -> None:
+    def _put(self, job: Job) -> None:
+        key = job.stream.key
         with self._wanted:
+            waits = self._jobs.get(key)
+            if isinstance(waits, Job) and waits.alone:
+                job = replace(job, alone=True)  # what it was to delete is still there
             self._jobs[key] = job
+            self._resume_s = 0.0
             self._wanted.notify()
 
     def _work(self) -> None:
         while True:
             with self._wanted:
-                while not (self._jobs or self._lines or self._ending):
-                    self._wanted.wait()
+                while (wait_s := self._idle_s()) != 0.0:
+                    self._wanted.wait(wait_s)
                 if self._ending and not (self._jobs or self._lines):
                     return
+                due = self._jobs and (self._ending or time.monotonic() >= self._resume_s)
+                key = next(iter(self._jobs)) if due else None
             self._write_lines()
-            with self._writing:
-                with self._wanted:
-                    job = self._jobs.pop(next(iter(self._jobs))) if self._jobs else None
-                if job is not None:
-                    with suppress(StateUnwritable):
-                        self._try(job)
+            if key is not None:
+                with suppress(StateUnwritable):
+                    self._write_now(key)
+
+    def _idle_s(self) -> float | None:
+        """Seconds until there is something to write; None until somebody hands it in."""
+        if self._lines or self._ending:
+            return 0.0
+        return max(0.0, self._resume_s - time.monotonic()) if self._jobs else None
 
     def _write_lines(self) -> None:
         while True:
@@ -130,19 +186,51 @@ class Saver(Keeper):
             except OSError as error:
                 log.debug("an event was not written: %s", reason(error))
 
-    def _try(self, job: Job) -> None:
-        try:
-            job()
-        except StateUnwritable as error:
-            self._note(error.cause)
-            raise
-        self._note("")
+    def _write_now(self, key: Key) -> None:
+        """Carry out the job that waits under a key, after one that is being written; if there is any."""
+        with self._writing:
+            with self._wanted:
+                job = self._jobs.pop(key, None)
+                failed = self._failed.get(key)
+            if job is None:
+                if failed is not None:
+                    raise StateUnwritable(failed, "Correct the state directory")
+                return
+            try:
+                job.write(self._store)
+            except StateUnwritable as error:
+                with self._wanted:
+                    if not self._ending:
+                        self._again(key, job)
+                self._note(key, error.cause)
+                raise
+            except Exception as error:
+                log.exception("a defect while writing")  # trying again would not help
+                self._note(key, f"a defect: {type(error).__name__}")
+                raise StateUnwritable(
+                    f"writing failed with {type(error).__name__}", "Report it with the daemon's log"
+                ) from error
+            self._note(key, "")
 
-    def _note(self, error: str) -> None:
-        before, self.error = self.error, error
-        if error and not before:
+    def _again(self, key: Key, job: Job | Switching) -> None:
+        """Let a job wait that failed, behind the others, unless a newer one does already."""
+        newer = self._jobs.get(key)
+        if newer is None:
+            self._jobs[key] = job
+        elif isinstance(newer, Job) and isinstance(job, Job) and job.alone:
+            self._jobs[key] = replace(newer, alone=True)
+        self._resume_s = time.monotonic() + self._retry_s
+        self._wanted.notify()
+
+    def _note(self, key: Key, error: str) -> None:
+        with self._wanted:
+            before = bool(self._failed)
+            self._failed.pop(key, None)
+            if error:
+                self._failed[key] = error
+            now = bool(self._failed)
+        if now and not before:
             self._store.tell(Event("", "", "disk", Reason.DISK_ERROR.value, error))
-        elif before and not error:
-            self._store.tell(
-                Event("", "", "disk", Reason.DISK_OK.value, "the state directory is written again")
-            )
+        elif before and not now:
+            detail = "the state directory is written again"
+            self._store.tell(Event("", "", "disk", Reason.DISK_OK.value, detail))

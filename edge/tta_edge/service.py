@@ -12,15 +12,16 @@ import errno
 import logging
 import os
 import queue
+import resource
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import zmq
 
-from tta_edge.batching import Inbox
+from tta_edge.batching import Call, Inbox
 from tta_edge.config import HTTP_OFF, Config
 from tta_edge.endpoint import check_bind
 from tta_edge.errors import AddressInUse, CannotBind
@@ -43,6 +44,7 @@ PEER_REQUESTS = 8  # messages of one peer that the socket library reads ahead; e
 PEER_REPLIES = 64  # replies that it holds for a peer which does not read them
 BURST = 64  # messages taken from the socket before answers are sent
 GOODBYE_MS = 500  # for the last answers to leave the process
+MAX_DESCRIPTORS = 65_536
 TICK_S = 1.0  # the main loop shows at least this often that it lives
 STUCK_S = 60.0  # an answer that takes longer means that the daemon hangs
 
@@ -126,7 +128,7 @@ class Server:
     def telemetry(self) -> tuple[StatusReply, Figures]:
         """Status and figures of one moment."""
         figures = self.stats.figures()
-        return self._responder.status(0, figures, self._session.open), figures
+        return self._responder.status(0, figures), figures
 
     def alive(self) -> bool:
         """Whether the main loop turns and no answer takes for ever."""
@@ -142,6 +144,7 @@ class Server:
 
     def _startup(self, cleanup: ExitStack) -> None:
         config = self.config
+        _allow_connections()
         cleanup.callback(self._wake_in.close)
         cleanup.callback(self._wake_out.close)
         check_bind(config.bind, allow_remote=config.allow_remote)
@@ -162,19 +165,24 @@ class Server:
             wait_s=config.batch_wait_ms / 1e3,
             clock=self._clock,
         )
+        cleanup.callback(self._notifier.close)
+        # Bound before bundles are loaded, so that a wrong address is not found after a minute; it answers when there
+        # is something to say.
+        health = None if config.http == HTTP_OFF else HealthServer(config.http, self, config.allow_remote)
+        if health is not None:
+            cleanup.callback(health.close)
         self._responder = Responder(
             config,
             self.stats,
             emit=self._emit,
             call=self._inbox.put,
+            open_requests=lambda: self._session.open,
             clock=self._clock,
             disk=self._disk,
         )
         cleanup.callback(self._responder.close)
-        if config.http != HTTP_OFF:
-            health = HealthServer(config.http, self, config.allow_remote)
+        if health is not None:
             health.start()
-            cleanup.callback(health.close)
             self.http_endpoint = health.endpoint
         # A daemon thread: an engine run that never ends must not keep the process alive after the deadline.
         self._worker = threading.Thread(target=self._work, name="tta-worker", daemon=True)
@@ -186,7 +194,6 @@ class Server:
         if self._on_ready is not None:
             self._on_ready(self.endpoint)
         self._notifier.ready()
-        cleanup.callback(self._notifier.stopping)
 
     # --- main loop: the network thread ------------------------------------------------------------
 
@@ -213,6 +220,7 @@ class Server:
                 self._reloads = 0
                 self._inbox.put(self._responder.reload_all)
             if self._stops and deadline_s is None:
+                self._notifier.stopping()
                 log.info("draining: %d requests are open", self._session.open)
                 self._session.drain()
                 deadline_s = self._clock() + self.config.drain_s
@@ -284,8 +292,14 @@ class Server:
             if isinstance(work, list):
                 self._responder.respond(work)
             else:
-                work()
+                self._do(work)
             self._busy_since_s = None
+
+    def _do(self, call: Call) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("a defect between two requests")  # the next ones are answered all the same
 
     def _emit(self, arrived: Arrived, reply: Reply, tensors: Tensors) -> None:
         self._outbox.put_nowait((arrived, reply, tensors))
@@ -297,6 +311,18 @@ class Server:
         self._inbox.close()
         # With requests still open the drain deadline has passed already: wait no longer.
         self._worker.join(timeout=0.0 if self._session.open else self.config.drain_s)
+
+
+def _allow_connections() -> None:
+    """Raise the limit of open files that a shell sets (often 1024) as far as this process may.
+
+    At the limit the socket library tries again and again to accept who waits, and takes a core for it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _bound(context: zmq.Context[zmq.Socket[bytes]], config: Config) -> zmq.Socket[bytes]:

@@ -31,6 +31,7 @@ from tta_edge.wire import (
 from tta_runtime.errors import TtaError
 
 Frames = list[Buffer]
+REMEMBER = 0.98  # of the time that requests took, with each further one
 
 
 class Phase(Enum):
@@ -111,16 +112,21 @@ class ServerSession:
         limits: of one request.
         capacity: most requests open at once, over all peers; one more is refused as `busy`.
         max_open_bytes: most tensor bytes held by open requests; likewise, unless nothing else is open.
+        per_client: most requests of one peer open at once; likewise.
         phase: see `TRANSITIONS`.
     """
 
     limits: Limits
     capacity: int
     max_open_bytes: int = 256 * 1024 * 1024
+    per_client: int = 65_536
     phase: Phase = Phase.SERVING
     _open: dict[tuple[bytes, int], Arrived] = field(default_factory=dict)
     _abandoned: set[tuple[bytes, int]] = field(default_factory=set)
-    _service_s: float = 0.0  # running mean of what one request takes, for `retry_after_s`
+    # What requests took and how many they were, of late: for `retry_after_s`. Of those that share a run of the engine
+    # the first one takes all the time, so the mean has to look back on more than one run.
+    _served_s: float = 0.0
+    _served: float = 0.0
     _last_answer_s: float = 0.0
 
     @property
@@ -192,14 +198,25 @@ class ServerSession:
             )
         held = sum(waiting.nbytes for waiting in self._open.values())
         if self.open >= self.capacity or (self._open and held + arrived.nbytes > self.max_open_bytes):
-            busy = Busy(
+            return self._busy(
                 f"{self.open} requests of {held} bytes are waiting, the queue holds {self.capacity} of "
                 f"{self.max_open_bytes}",
-                "Repeat after `retry_after_s`, send less at once, or raise `max_queue` and `max_queue_bytes`",
+                "raise `max_queue` and `max_queue_bytes`",
+                self.open,
             )
-            busy.retry_after_s = round(max(0.01, self._service_s * self.open), 3)
-            return busy
+        own = sum(peer == arrived.peer for peer, _ in self._open)
+        if own >= self.per_client:
+            return self._busy(
+                f"{own} requests of this client are waiting, it may have {self.per_client}",
+                "raise `max_client_requests`",
+                own,
+            )
         return None
+
+    def _busy(self, cause: str, setting: str, ahead: int) -> Busy:
+        busy = Busy(cause, f"Repeat after `retry_after_s`, send less at once, or {setting}")
+        busy.retry_after_s = round(max(0.01, ahead * self._served_s / max(1.0, self._served)), 3)
+        return busy
 
     def _refuse(
         self, peer: bytes, error: TtaError, request_id: int | None
@@ -209,30 +226,66 @@ class ServerSession:
     def _account(self, arrived: Arrived, now_s: float) -> None:
         # A request is being served from its arrival or from the answer before it, whichever is later.
         took_s = max(0.0, now_s - max(arrived.at_s, self._last_answer_s))
-        self._service_s = took_s if self._service_s == 0.0 else 0.9 * self._service_s + 0.1 * took_s
+        self._served_s = REMEMBER * self._served_s + took_s
+        self._served = REMEMBER * self._served + 1.0
         self._last_answer_s = now_s
 
 
 @dataclass
 class ClientSession:
-    """The client's end: one request at a time, replies to earlier ones are dropped."""
+    """The client's end: numbers requests, knows which are open and drops replies that nobody waits for.
+
+    Attributes:
+        limits: of one reply.
+        last_id: of the newest request; 0 before the first.
+        open: ids of the requests that wait for a reply.
+    """
 
     limits: Limits = REPLY_LIMITS
-    _last_id: int = 0
+    last_id: int = 0
+    open: set[int] = field(default_factory=set)
 
     def request(self, message: Request, tensors: Tensors | None = None) -> Frames:
-        """Frames of a request, with the next id put in place of the message's own."""
-        self._last_id += 1
-        return encode(msgspec.structs.replace(message, id=self._last_id), tensors)
+        """Frames of a request, with the next id (`last_id`) put in place of the message's own; opens it."""
+        frames = encode(msgspec.structs.replace(message, id=self.last_id + 1), tensors)
+        self.last_id += 1
+        self.open.add(self.last_id)
+        return frames
 
     def receive(self, frames: Sequence[Buffer]) -> Received[Any] | None:
-        """The reply to the last request; `None` for one that nobody waits for any more.
+        """The reply to an open request, which it closes; `None` for one that nobody waits for any more.
 
-        An error without an id belongs to something the daemon could not read, hence to the last request.
+        An error without an id answers something that the daemon could not read. Which request that was is
+        known only where no more than one is open, so it closes them all.
 
         Raises:
-            WireError: the daemon does not keep to the specification.
+            WireError: the daemon does not keep to the specification. Where the reply's id could be read it
+                is the error's `request_id` and that request is closed, otherwise all of them are.
         """
-        received = decode_reply(frames, self.limits)
-        expected = (self._last_id, None) if isinstance(received.message, ErrorReply) else (self._last_id,)
-        return received if received.message.id in expected else None
+        try:
+            received = decode_reply(frames, self.limits)
+        except WireError as error:
+            self._close(error.request_id)
+            raise
+        return received if self._close(received.message.id) else None
+
+    def abandon(self, request_id: int) -> None:
+        """Wait no longer for the reply to a request; it is dropped if it comes."""
+        self.open.discard(request_id)
+
+    def lost(self) -> frozenset[int]:
+        """Note that the connection broke: the requests that were open, which nobody will answer now.
+
+        A daemon's reply goes to the connection that the request came from, never to a later one.
+        """
+        closed = frozenset(self.open)
+        self.open.clear()
+        return closed
+
+    def _close(self, request_id: int | None) -> bool:
+        """Close one request, or all of them for `None`; whether there was something to close."""
+        if request_id is None:
+            return bool(self.lost())
+        waited = request_id in self.open
+        self.open.discard(request_id)
+        return waited

@@ -7,18 +7,18 @@ has passed the guards.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
 
 from tta_edge.adapt import Stream
+from tta_edge.hosting import give_way
 from tta_edge.policy import Credit, Policy, delay_s, due, earned, spent, step_size
 from tta_edge.stats import Stats
 from tta_edge.window import Window
@@ -26,7 +26,6 @@ from tta_runtime.errors import InputError
 
 log = logging.getLogger(__name__)
 
-NICENESS = 10  # of the stepping thread, so that an answer comes first where the cores do not suffice
 BURST_S = 10.0  # seconds whose budget may be saved up
 
 
@@ -37,8 +36,8 @@ class _Waiting:
     stream: Stream
     size: int
     window: Window
+    shape: tuple[int, ...]
     queued: bool = False
-    shape: tuple[int, ...] = field(default=())
 
 
 class Stepper:
@@ -46,7 +45,9 @@ class Stepper:
 
     Args:
         policy: when to step.
-        max_bytes: of all windows together.
+        max_bytes: of all windows together. For a sample beyond it the windows of other streams are dropped, first
+            those that are not due, and of these the one that got no sample for the longest: streams that have
+            gone quiet must not keep the others from adapting.
         adapting: the daemon's kill switch.
         stats: counts steps and dropped samples.
         clock: seconds.
@@ -66,7 +67,7 @@ class Stepper:
         self._adapting = adapting
         self._stats = stats
         self._clock = clock
-        self._waiting: dict[tuple[str, str], _Waiting] = {}
+        self._waiting: OrderedDict[tuple[str, str], _Waiting] = OrderedDict()  # the last one was fed last
         self._due: deque[_Waiting] = deque()
         self._bytes = 0
         self._credit = Credit(0.0, clock())
@@ -88,24 +89,25 @@ class Stepper:
             x: [batch, ...].
 
         Returns:
-            Whether they were taken: not where the method's step is larger than the window, nor beyond `max_bytes`.
+            Whether they were taken: not where a step of the method has more samples than the window, or more bytes
+            than all windows may have.
         """
         spec = stream.model.spec
         size = step_size(self._policy, fixed=spec.batch, least=spec.min_batch)
-        if size is None or x.shape[1:] == ():
+        sample_bytes = max(1, x[0].nbytes)
+        if size is None or size * sample_bytes > self._max_bytes:
             return False
         with self._changed:
             if self._ending:
                 return False
             waiting = self._waiting.get(stream.key)
-            if waiting is None or waiting.stream is not stream:
+            # Named dimensions of the input may differ between requests; those of one step may not.
+            if waiting is None or waiting.stream is not stream or waiting.shape != x.shape[1:]:
                 self._forget(stream.key)
-                waiting = self._waiting[stream.key] = _Waiting(stream, size, Window(self._policy.window))
-            if waiting.shape != x.shape[1:]:  # named dimensions of the input may differ between requests
-                self._stats.dropped(self._empty(waiting))
-                waiting.shape = x.shape[1:]
-            if self._bytes + x.nbytes > self._max_bytes and len(waiting.window) < self._policy.window:
-                return False
+                capacity = min(self._policy.window, self._max_bytes // sample_bytes)
+                waiting = self._waiting[stream.key] = _Waiting(stream, size, Window(capacity), x.shape[1:])
+            self._waiting.move_to_end(stream.key)
+            self._make_room(waiting, waiting.window.growth(len(x)) * sample_bytes)
             before = waiting.window.nbytes
             self._stats.dropped(waiting.window.put(x))
             self._bytes += waiting.window.nbytes - before
@@ -116,6 +118,12 @@ class Stepper:
         """Forget a stream's window; it leaves memory, or went back to the source."""
         with self._changed:
             self._forget(stream.key)
+
+    def drop_all(self) -> None:
+        """Forget all windows; adaptation was switched off."""
+        with self._changed:
+            for key in list(self._waiting):
+                self._forget(key)
 
     def waiting(self, stream: Stream) -> int:
         """How many samples of a stream wait."""
@@ -146,43 +154,61 @@ class Stepper:
         self._due.append(waiting)
         self._changed.notify_all()
 
-    def _empty(self, waiting: _Waiting) -> int:
-        self._bytes -= waiting.window.nbytes
-        return waiting.window.clear()
+    def _make_room(self, waiting: _Waiting, nbytes: int) -> None:
+        """Drop windows of other streams until so many further bytes fit."""
+        if self._bytes + nbytes <= self._max_bytes:
+            return
+        others = [other for other in self._waiting.values() if other is not waiting and other.window.nbytes]
+        others.sort(
+            key=lambda other: other.queued
+        )  # stable: within each kind the longest without samples first
+        for other in others:
+            self._forget(other.stream.key)
+            if self._bytes + nbytes <= self._max_bytes:
+                return
 
     def _forget(self, key: tuple[str, str]) -> None:
         waiting = self._waiting.pop(key, None)
         if waiting is None:
             return
-        self._stats.dropped(self._empty(waiting))
+        self._bytes -= waiting.window.nbytes
+        self._stats.dropped(waiting.window.clear())
         with suppress(ValueError):
             self._due.remove(waiting)
         self._changed.notify_all()
 
     def _work(self) -> None:
-        with suppress(OSError, AttributeError):  # where the system has no niceness for threads
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        give_way()
         while (found := self._next()) is not None:
-            waiting, x = found
-            began_s = self._clock()
-            committed: bool | None = None
-            try:
-                if self._adapting():
-                    committed = waiting.stream.step_on(x)
-            except InputError as error:
-                log.warning("stream %s: a window could not be stepped on: %s", waiting.stream.name, error)
-            except Exception:
-                log.exception("a defect while stepping stream %s", waiting.stream.name)
-            took_s = self._clock() - began_s
-            if committed is not None:
-                self._stats.stepped(waiting.stream.bundle, "committed" if committed else "refused", took_s)
-            with self._changed:
-                self._stepping = False
+            self._step(*found)
+            del (
+                found
+            )  # the next may be long in coming, and a stream that has left must not stay because of it
+
+    def _step(self, waiting: _Waiting, x: NDArray[Any]) -> None:
+        stream = waiting.stream
+        allowed, began_s = self._adapting(), self._clock()
+        committed: bool | None = None
+        try:
+            if allowed:
+                committed = stream.step_on(x, allowed=self._adapting)
+        except InputError as error:
+            log.warning("stream %s: a window could not be stepped on: %s", stream.name, error)
+        except Exception:
+            log.exception("a defect while stepping stream %s", stream.name)
+        took_s = max(0.0, self._clock() - began_s)
+        if committed is None:
+            self._stats.dropped(len(x))
+        else:
+            self._stats.stepped(stream.bundle, "committed" if committed else "refused", took_s)
+        with self._changed:
+            self._stepping = False
+            if allowed:
                 self._cost_s = took_s if self._cost_s == 0.0 else 0.8 * self._cost_s + 0.2 * took_s
                 self._credit = spent(self._credit, took_s)
-                if self._waiting.get(waiting.stream.key) is waiting:
-                    self._queue(waiting)
-                self._changed.notify_all()
+            if self._waiting.get(stream.key) is waiting:
+                self._queue(waiting)
+            self._changed.notify_all()
 
     def _next(self) -> tuple[_Waiting, NDArray[Any]] | None:
         """The stream whose turn it is, with its samples; waits for one. None at the end."""

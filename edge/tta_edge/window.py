@@ -29,6 +29,10 @@ class Window:
     def __len__(self) -> int:
         return len(self._samples)
 
+    def growth(self, samples: int) -> int:
+        """How many more samples would wait after a `put` of so many."""
+        return min(self.capacity, len(self) + samples) - len(self)
+
     def put(self, x: NDArray[Any]) -> int:
         """Add the samples of a batch; they are copied, because a request's arrays are views of its frames.
 
@@ -61,9 +65,9 @@ class Window:
         """
         dropped = len(self._samples) - count if newest else 0
         for _ in range(dropped):
-            self._samples.popleft()
+            self.nbytes -= self._samples.popleft().nbytes
         taken = np.stack([self._samples.popleft() for _ in range(count)])
-        self.nbytes = sum(sample.nbytes for sample in self._samples)
+        self.nbytes -= taken.nbytes
         self.fresh = 0
         return taken, dropped
 

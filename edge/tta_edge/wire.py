@@ -306,6 +306,8 @@ class ResetDone(_Message, frozen=True, kw_only=True, tag="reset-done"):
     id: RequestId
     stream: str
     theta_digest: str
+    durable: bool = True
+    """Whether a restart finds the stream at the source; false while the state directory cannot be written."""
 
 
 class RollbackDone(_Message, frozen=True, kw_only=True, tag="rollback-done"):
@@ -316,6 +318,8 @@ class RollbackDone(_Message, frozen=True, kw_only=True, tag="rollback-done"):
     theta_digest: str
     steps: int
     to: Literal["checkpoint", "source"]
+    durable: bool = True
+    """Whether a restart finds the stream as it is now."""
 
 
 class AdaptDone(_Message, frozen=True, kw_only=True, tag="adapt-done"):

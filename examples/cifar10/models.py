@@ -1,11 +1,14 @@
-"""The CIFAR-10 residual networks of He et al.: factories without arguments for `tta-export build`.
+"""CIFAR-10 residual networks: factories without arguments for `tta-export build`.
 
-Written from the paper, with the parameter names under which trained weights of these networks are published
-(`conv1`, `bn1`, `layer1.0.conv1`, ..., `linear`). The networks take images that are already normalised; give
+`resnet20` to `resnet56` are the networks of He et al., with the parameter names under which trained weights of them are
+published (`conv1`, `bn1`, `layer1.0.conv1`, ..., `linear`). They take images that are already normalised; give
 `tta-export` the mean and standard deviation (--mean, --std) and the normalisation becomes part of the bundle.
 
-Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2; shortcuts:
-option A of section 3.3.
+`resnet8` and `resnet26w32` are this project's own variants for quick experiments: three stages as well, shortcuts with
+a convolution (option B), and the normalisation inside, so that they take plain images in 0..1.
+
+Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2; shortcuts: options A and B of
+section 3.3.
 """
 
 from __future__ import annotations
@@ -80,6 +83,66 @@ class CifarResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.linear(x.mean(dim=(2, 3)))
         return logits
+
+
+class PlainBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm; the shortcut is a 1x1 convolution with BatchNorm where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.short: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.short = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, in_channels, H, W] -> [batch, channels, H / stride, W / stride]."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.short(x))
+
+
+class PlainResNet(nn.Module):
+    """Three stages of ``blocks`` blocks each, ``width`` channels in the first and twice as many in each further one."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, blocks: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4914, 0.4822, 0.4465]).reshape(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.2470, 0.2435, 0.2616]).reshape(1, 3, 1, 1))
+        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        stages = [(width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)]
+        self.blocks = nn.Sequential(
+            *(
+                PlainBlock(before if index == 0 else after, after, stride if index == 0 else 1)
+                for before, after, stride in stages
+                for index in range(blocks)
+            )
+        )
+        self.fc = nn.Linear(4 * width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 3, 32, 32] float32 in 0..1 -> logits [batch, 10]."""
+        x = F.relu(self.norm(self.conv((x - self.mean) / self.std)))
+        logits: Tensor = self.fc(self.blocks(x).mean(dim=(2, 3)))
+        return logits
+
+
+def resnet8() -> nn.Module:
+    """8 layers, 78,042 parameters."""
+    return PlainResNet(blocks=1, width=16)
+
+
+def resnet26w32() -> nn.Module:
+    """26 layers of twice the width, 1.47 million parameters."""
+    return PlainResNet(blocks=4, width=32)
 
 
 def resnet20() -> nn.Module:

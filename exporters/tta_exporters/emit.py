@@ -16,8 +16,11 @@ from torch.onnx._internal.exporter._errors import ConversionError
 
 from tta_exporters.errors import OperatorNotSupported
 from tta_exporters.operators import translations
+from tta_exporters.passes.channel_affine import channel_affine
 from tta_exporters.passes.drop_noops import drop_noops
 from tta_exporters.passes.fold_constants import fold_constants
+from tta_exporters.passes.merge_constants import merge_constants
+from tta_exporters.passes.pool_first import pool_first
 from tta_exporters.passes.relu_masks import relu_masks
 from tta_exporters.trace import Argument
 
@@ -73,15 +76,18 @@ def emit(
 def _clean(model: ir.Model) -> None:
     """Folds small constants, merges equal expressions, drops what nobody reads and all debugging text."""
     fold_onnx_constants(model)
+    ir_passes.IdentityEliminationPass()(model)
+    merge_constants(model)
     before: tuple[ir.passes.PassBase, ...] = (
-        ir_passes.IdentityEliminationPass(),
         ir_passes.CommonSubexpressionEliminationPass(),
         ir_passes.RemoveUnusedNodesPass(),
     )
     for step in before:
         step(model)
     # After common subexpressions are merged: this pass repeats small computations on purpose.
+    pool_first(model)
     relu_masks(model)
+    channel_affine(model)
     after: tuple[ir.passes.PassBase, ...] = (
         ir_passes.RemoveUnusedNodesPass(),
         ir_passes.RemoveUnusedOpsetsPass(),

@@ -32,6 +32,7 @@ def decompositions() -> dict[OpOverload, Callable[..., object]]:
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     table[aten.hardtanh_backward.default] = hardtanh_backward
     table[aten.constant_pad_nd.default] = constant_pad_nd
+    table[aten.slice_backward.default] = slice_backward
     table[aten.squeeze.dims] = squeeze_dims
     table[aten._safe_softmax.default] = lambda x, dim, dtype=None: torch.softmax(x, dim, dtype=dtype)
     table[aten.linalg_vector_norm.default] = vector_norm
@@ -74,6 +75,32 @@ def constant_pad_nd(x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
 def _filled(x: Tensor, axis: int, length: int, value: float) -> Tensor:
     shape = [length if index == axis else size for index, size in enumerate(x.shape)]
     return torch.full(shape, value, dtype=x.dtype)
+
+
+def slice_backward(
+    grad: Tensor, input_sizes: Sequence[int], dim: int, start: int, end: int, step: int
+) -> Tensor:
+    """Gradient of a slice: zeros around it and, at a larger step, between its values.
+
+    torch's own rule writes into a tensor of zeros, which becomes a ScatterND between two transposes.
+    """
+    del end
+    axis, length = dim % grad.dim(), input_sizes[dim]
+    first = min(max(start + length if start < 0 else start, 0), length)
+    spread = _spread(grad, axis, step)
+    return constant_pad_nd(
+        spread, [0, 0] * (grad.dim() - 1 - axis) + [first, length - first - spread.shape[axis]]
+    )
+
+
+def _spread(x: Tensor, axis: int, step: int) -> Tensor:
+    """``step - 1`` zeros after every index of an axis."""
+    if step == 1:
+        return x
+    shape = list(x.shape)
+    apart = x.reshape([*shape[: axis + 1], 1, *shape[axis + 1 :]])
+    apart = torch.cat([apart, _filled(apart, axis + 1, step - 1, 0)], dim=axis + 1)
+    return apart.reshape([*shape[:axis], shape[axis] * step, *shape[axis + 1 :]])
 
 
 def squeeze_dims(x: Tensor, dims: Sequence[int]) -> Tensor:

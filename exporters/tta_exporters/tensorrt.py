@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from tta_exporters.errors import CheckFailed, ExtraMissing, in_one_line
+from tta_exporters.passes.portable_affine import portable_affine
 from tta_exporters.passes.portable_max_pool import portable_max_pool
 from tta_runtime.manifest import Graph
 
@@ -107,6 +108,7 @@ def _lowered(key: str, file: Path) -> bytes:
     try:
         model = ir.load(file)
         portable_max_pool(model)
+        portable_affine(model)
         for value in model.graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)

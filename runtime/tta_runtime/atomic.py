@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +38,14 @@ class Disk:
         """Delete a file."""
         os.unlink(path)
 
+    def make_directory(self, path: Path) -> None:
+        """Make one directory; `FileExistsError` if the name is taken."""
+        os.mkdir(path)
+
+    def remove_directory(self, path: Path) -> None:
+        """Delete an empty directory."""
+        os.rmdir(path)
+
     def sync_directory(self, path: Path) -> None:
         """Make a directory's entries durable; else a power cut can undo a rename that was reported done."""
         if os.name != "posix":  # Windows cannot open directories and journals renames itself
@@ -49,6 +59,7 @@ class Disk:
 
 DISK = Disk()
 """The real one; it has no state."""
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 def write_atomic(
@@ -85,3 +96,37 @@ def write_atomic(
             disk.remove(temporary)
         raise
     disk.sync_directory(path.parent)
+
+
+def leftovers(directory: Path) -> Iterator[Path]:
+    """The temporary files that `write_atomic` left in a directory when its process was killed.
+
+    Raises:
+        OSError: from the operating system.
+    """
+    yield from (path for path in directory.iterdir() if _TEMPORARY.fullmatch(path.name))
+
+
+def make_durable(directory: Path, base: Path, disk: Disk = DISK) -> None:
+    """Make a directory below `base`, and those between, such that a power cut does not take their names away.
+
+    A directory that exists is synced as well: whoever made it may have been killed before that.
+
+    Args:
+        directory: `base` itself, or below it.
+        base: exists, and its own name is durable.
+        disk: what writes.
+
+    Raises:
+        OSError: from the operating system, or because a file or a symbolic link is in the way.
+    """
+    path = base
+    for part in directory.relative_to(base).parts:
+        parent, path = path, path / part
+        try:
+            disk.make_directory(path)
+        except FileExistsError as error:
+            if path.is_symlink() or not path.is_dir():
+                what = "a file or a symbolic link is where a directory belongs"
+                raise NotADirectoryError(errno.ENOTDIR, what, str(path)) from error
+        disk.sync_directory(parent)

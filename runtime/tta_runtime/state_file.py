@@ -47,6 +47,7 @@ _KEYS = (
 )  # fmt: skip
 _FIX = "Delete the file to start from the source, or restore it from a copy"
 _MAX_COUNT = 1 << 63
+MAX_GENERATION = _MAX_COUNT - 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from tta_exporters.passes.values import take_place
+from tta_exporters.passes.values import is_zero, per_channel, take_place
 
 
 def relu_masks(model: ir.Model) -> bool:
@@ -22,7 +22,7 @@ def relu_masks(model: ir.Model) -> bool:
     for relu in [node for node in model.graph if node.op_type == "Relu"]:
         masks = [use.node for use in relu.outputs[0].uses() if use.node.op_type == "Greater" and use.idx == 0]
         for mask in masks:
-            if _is_zero(mask.inputs[1]):
+            if is_zero(mask.inputs[1]):
                 _recompute(relu, mask) or _store(relu, mask)
                 modified = True
                 break
@@ -40,12 +40,13 @@ def _recompute(relu: ir.Node, mask: ir.Node) -> bool:
     if mul is None or mul.op_type != "Mul" or bias is None:
         return False
     centred, scale = mul.inputs
-    if centred is None or scale is None or not (_per_channel(scale) and _per_channel(bias)):
+    if centred is None or scale is None or not (per_channel(scale) and per_channel(bias)):
         return False
     if not any(use.node is not mul for use in centred.uses()):
         # The centred input does not outlive the forward pass, so reading it again would save nothing.
         return False
     negated = ir.node("Neg", [scale])
+    negated.outputs[0].shape = scale.shape
     again = ir.node("Mul", [centred, negated.outputs[0]])
     less = ir.node("Less", [again.outputs[0], bias])
     _replace(mask, [negated, again, less])
@@ -74,18 +75,3 @@ def _replace(old: ir.Node, new: list[ir.Node]) -> None:
     graph.insert_before(old, new)
     old.outputs[0].replace_all_uses_with(new[-1].outputs[0])
     graph.remove(old, safe=True)
-
-
-def _per_channel(value: ir.Value) -> bool:
-    """A [1, C, 1, ...] tensor: small beside an activation."""
-    shape = value.shape
-    return shape is not None and len(shape) > 1 and shape[0] == 1 and all(axis == 1 for axis in shape[2:])
-
-
-def _is_zero(value: ir.Value | None) -> bool:
-    tensor = None if value is None else value.const_value
-    if tensor is None and value is not None:
-        producer = value.producer()
-        if producer is not None and producer.op_type == "Constant":
-            tensor = producer.attributes["value"].as_tensor() if "value" in producer.attributes else None
-    return tensor is not None and tensor.size == 1 and float(tensor.numpy().reshape(-1)[0]) == 0.0
