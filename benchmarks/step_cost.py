@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="print where our step spends its time, by operator"
     )
+    parser.add_argument(
+        "--spin", action="store_true", help="let our idle threads spin during a step, as PyTorch's do"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--bundle", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -62,7 +65,14 @@ def main() -> None:
             bundle = Path(work) / name
             export(name, bundle)
             rows.append(
-                measure(name, bundle, arguments.batch, arguments.repeats, compiled=not arguments.no_compile)
+                measure(
+                    name,
+                    bundle,
+                    arguments.batch,
+                    arguments.repeats,
+                    compiled=not arguments.no_compile,
+                    spin=arguments.spin,
+                )
             )
             print(format_row(rows[-1]), flush=True)
             if arguments.profile:
@@ -76,6 +86,7 @@ def main() -> None:
         "worst_memory_ratio": max(row["peak_mb"] / row["eager_peak_mb"] for row in rows),
         "threads": THREADS,
         "repeats": arguments.repeats,
+        "spin": arguments.spin,
     }
     print(
         f"geometric mean: {result['geomean_vs_eager']:.2f}x faster than eager, "
@@ -96,14 +107,19 @@ def export(name: str, bundle: Path) -> None:
     build(load_network(source), options, bundle)
 
 
-def measure(name: str, bundle: Path, batch: int, repeats: int, *, compiled: bool) -> dict[str, Any]:
+def measure(
+    name: str, bundle: Path, batch: int, repeats: int, *, compiled: bool, spin: bool
+) -> dict[str, Any]:
     """Interleaved medians in milliseconds and peaks in megabytes."""
     import torch
 
     torch.set_num_threads(THREADS)
     size = MODELS[name][1]
     x = np.random.default_rng(0).random((batch, 3, size, size), dtype=np.float32)
-    steps: dict[str, Callable[[], object]] = {**ours(bundle, x), "eager_ms": tent(name, x, compiled=False)}
+    steps: dict[str, Callable[[], object]] = {
+        **ours(bundle, x, spin=spin),
+        "eager_ms": tent(name, x, compiled=False),
+    }
     if compiled:
         steps["compile_ms"] = tent(name, x, compiled=True)
     times: dict[str, list[float]] = {key: [] for key in steps}
@@ -129,11 +145,11 @@ def measure(name: str, bundle: Path, batch: int, repeats: int, *, compiled: bool
     return row
 
 
-def ours(bundle: Path, x: np.ndarray) -> dict[str, Callable[[], object]]:
+def ours(bundle: Path, x: np.ndarray, *, spin: bool = False) -> dict[str, Callable[[], object]]:
     """The compiled step (committed, as in use) and the serving forward."""
     from tta_runtime import EngineOptions, Model
 
-    model = Model.open(bundle, method="tent", options=EngineOptions(threads=THREADS))
+    model = Model.open(bundle, method="tent", options=EngineOptions(threads=THREADS, spin=spin))
     return {"step_ms": lambda: model.adapt(x), "forward_ms": lambda: model.predict(x)}
 
 

@@ -20,7 +20,15 @@ from tta_adapters.optim import Sgd
 from tta_exporters.build import build
 from tta_exporters.check import example_batch
 from tta_exporters.errors import ParityError
-from tta_exporters.parity import MEDIAN_TOLERANCE, ParityReport, parity, reference, relative_error
+from tta_exporters.parity import (
+    MEDIAN_TOLERANCE,
+    Deviation,
+    ParityReport,
+    eager,
+    parity,
+    reference,
+    relative_error,
+)
 from tta_runtime import Model, bundle
 
 STEPS = 20
@@ -29,7 +37,8 @@ STEPS = 20
 def compare(path: Path, name: str, method: str, *, steps: int = STEPS) -> ParityReport:
     model = Model.open(path, method=method)
     batches = [example_batch(model.manifest.input, 6, seed) for seed in range(steps)]
-    return parity(model, reference(NETWORKS[name](), built(name).options, method), batches)
+    network, chosen = NETWORKS[name](), built(name).options
+    return parity(model, reference(network, chosen, method), batches, eager(network, chosen, method))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -59,6 +68,29 @@ def test_twenty_steps_of_every_variant(
     model = Model.open(path, method=methods[0])
     batches = [example_batch(model.manifest.input, 6, seed) for seed in range(STEPS)]
     parity(model, reference(NETWORKS["resnet"](), chosen, methods[0]), batches).require()
+
+
+@pytest.mark.parametrize(
+    ("median", "worst", "eager_worst", "ok"),
+    [
+        (9e-5, 1e-2, 0.0, True),
+        (2e-3, 4e-3, 0.0, False),
+        (2e-3, 4e-3, 1e-3, False),
+        (2e-3, 4e-3, 3e-3, True),
+        (6e-2, 6e-2, 1e-1, False),
+        (2e-3, 6e-2, 3e-3, False),
+        (float("nan"), float("nan"), 1.0, False),
+    ],
+)
+def test_the_median_may_stray_as_far_as_eager_torch_does_and_no_further(
+    median: float, worst: float, eager_worst: float, ok: bool
+) -> None:
+    assert Deviation("logits", median, worst, 1, eager_worst).ok is ok
+
+
+def test_the_yardstick_is_measured() -> None:
+    report = compare(built("resnet").path, "resnet", "tent", steps=2)
+    assert all(0 < entry.eager_worst < 1e-2 for entry in report.deviations if entry.output == "logits")
 
 
 def flip_a_sign(path: Path, *, node: int) -> str:

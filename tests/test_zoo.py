@@ -9,7 +9,7 @@ import pytest
 from shared_data import shared_data
 from tta_exporters.build import BuildOptions, InputOptions, build
 from tta_exporters.check import check_bundle, example_batch
-from tta_exporters.parity import parity, reference
+from tta_exporters.parity import eager, parity, reference
 from tta_exporters.sources import load_network
 from tta_runtime import Model
 
@@ -42,8 +42,9 @@ def exports(source: str, size: int, classes: int, weights: Path | None, out: Pat
     model = Model.open(out, method="tent")
     # Random weights at 224 pixels: the batch of a step is small, for float64 on a CPU is slow.
     batches = [example_batch(built.manifest.input, 4 if size == 32 else BATCH, seed) for seed in range(20)]
-    report = parity(model, reference(network, options, "tent"), batches)
-    print(f"{source.rsplit('/', 1)[-1]}: worst {report.worst}")
+    oracle, yardstick = reference(network, options, "tent"), eager(network, options, "tent")
+    report = parity(model, oracle, batches, yardstick)
+    print(f"{source.rsplit('/', 1)[-1]}: worst {report.worst}", flush=True)
     report.require()
     failed = [check for check in check_bundle(out) if not check.ok]
     assert not failed

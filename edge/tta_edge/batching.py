@@ -47,7 +47,7 @@ def group(waiting: Sequence[Arrived | Call], merge: Merge, most: int) -> list[in
         Places in `waiting`, ascending, beginning with 0.
     """
     first = waiting[0]
-    if not isinstance(first, Arrived):
+    if len(waiting) == 1 or not isinstance(first, Arrived):
         return [0]
     mine = merge(first)
     if mine is None:

@@ -59,6 +59,7 @@ from tta_runtime import __version__
 from tta_runtime.atomic import DISK, Disk
 from tta_runtime.errors import TtaError, did_you_mean
 from tta_runtime.memory import resident_bytes, return_free_memory
+from tta_runtime.model import Model
 
 log = logging.getLogger(__name__)
 
@@ -212,12 +213,14 @@ class Responder:
         began_s = self._clock()
         host = self._host(message.bundle)
         stream = self._registry.get(host, message.stream)
-        batches = [stream.model.check_input(arrived.tensors["x"]) for arrived in group]
-        x = batches[0] if len(group) == 1 else np.concatenate(batches)
+        batches = [arrived.tensors["x"] for arrived in group]
+        # Those that share a run must each be fit for it; a single one is checked by the model before anything else.
+        checked = batches if len(group) == 1 else [stream.model.check_input(batch) for batch in batches]
+        x = checked[0] if len(group) == 1 else np.concatenate(checked)
         adapt = message.adapt and self._adapting
-        spec = stream.model.spec
-        fits = spec.batch in (None, len(x)) and len(x) >= spec.min_batch
-        inline = len(group) == 1 and fits and self._policy.inline(len(x))
+        spec, samples = stream.model.spec, len(x) if x.ndim else 0
+        fits = spec.batch in (None, samples) and samples >= spec.min_batch
+        inline = len(group) == 1 and fits and self._policy.inline(samples)
         if adapt and inline:
             answer = stream.answer(x, adapt=True, compare=message.compare)
             if answer.adapted or (stream.adapts and answer.reason is not Reason.BATCH_SIZE):
@@ -410,13 +413,14 @@ class Responder:
 
     def _stream_status(self, stream: Stream) -> StreamStatus:
         model, monitor = stream.model, stream.monitor
+        steps, distance, digest = _facts(model)
         return StreamStatus(
             id=stream.name,
             bundle=stream.bundle,
             method=model.method,
-            steps=model.steps,
-            theta_digest=model.digest,
-            distance=model.distance,
+            steps=steps,
+            theta_digest=digest,
+            distance=distance,
             state=stream.state(self._adapting),
             restored=stream.restored,
             samples=stream.samples,
@@ -482,21 +486,30 @@ def _prediction(
     outputs: dict[str, NDArray[Any]] = {"logits": logits}
     if source is not None:
         outputs["source_logits"] = source
-    model = stream.model
+    steps, distance, digest = _facts(stream.model)
     reply = Prediction(
         id=arrived.message.id,
         adapted=answer.adapted,
         collected=collected,
         reason="" if answer.reason is None else answer.reason.value,
-        steps=model.steps,
-        distance=model.distance,
-        theta_digest=model.digest,
+        steps=steps,
+        distance=distance,
+        theta_digest=digest,
         report=answer.report,
         compute_ms=compute_s * 1e3,
         logits=declare(logits),
         source_logits=None if source is None else declare(source),
     )
     return reply, outputs
+
+
+def _facts(model: Model) -> tuple[int, float, str]:
+    """Steps, distance and digest of one theta, though a step in the background may be committed meanwhile."""
+    while True:
+        now = model.checkpoint
+        facts = model.steps, model.distance, model.digest
+        if model.checkpoint is now:
+            return facts
 
 
 def _bundle_status(host: Host) -> BundleStatus:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import queue
 import resource
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 
@@ -91,6 +91,7 @@ class Server:
         self._reloads = 0
         self._loop_s = clock()
         self._busy_since_s: float | None = None
+        self._woken = False
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
@@ -157,8 +158,8 @@ class Server:
             max_open_bytes=config.max_queue_bytes,
             per_client=config.max_client_requests,
         )
-        # The session opens at most `max_queue` requests, so the queue cannot be asked to hold more.
-        self._outbox: queue.Queue[tuple[Arrived, Reply, Tensors]] = queue.Queue(maxsize=config.max_queue)
+        # The session opens at most `max_queue` requests, so no more answers can wait.
+        self._outbox: deque[tuple[Arrived, Reply, Tensors]] = deque()
         self._inbox = Inbox(
             lambda arrived: self._responder.merge(arrived),
             most=config.batch_max,
@@ -249,8 +250,8 @@ class Server:
     def _send_answers(self) -> None:
         while True:
             try:
-                arrived, reply, tensors = self._outbox.get_nowait()
-            except queue.Empty:
+                arrived, reply, tensors = self._outbox.popleft()
+            except IndexError:
                 return
             self._send(self._session.answer(arrived, reply, tensors, self._clock()))
 
@@ -269,11 +270,9 @@ class Server:
                 log.info("dropped a reply: the client has gone, with %d more requests open", abandoned)
 
     def _drain_wakes(self) -> None:
-        try:
-            while self._wake_out.recv(4096):
-                pass
-        except BlockingIOError:
-            return
+        with suppress(BlockingIOError):
+            self._wake_out.recv(4096)  # where there are more, the next wait ends at once
+        self._woken = False
 
     def _wake(self) -> None:
         try:
@@ -302,8 +301,10 @@ class Server:
             log.exception("a defect between two requests")  # the next ones are answered all the same
 
     def _emit(self, arrived: Arrived, reply: Reply, tensors: Tensors) -> None:
-        self._outbox.put_nowait((arrived, reply, tensors))
-        self._wake()
+        self._outbox.append((arrived, reply, tensors))
+        if not self._woken:  # else the main loop will look into the outbox after it has cleared this
+            self._woken = True
+            self._wake()
 
     # --- shutdown: each part registers its own end at startup; they run in reverse ----------------
 

@@ -118,7 +118,7 @@ def build(
     from tta_exporters.build import MAX_SOURCE_IMAGES, BuildOptions, InputOptions
     from tta_exporters.build import build as build_bundle
     from tta_exporters.check import example_batch
-    from tta_exporters.parity import parity, reference
+    from tta_exporters.parity import eager, parity, reference
     from tta_exporters.preprocess import Preprocess
     from tta_exporters.source_images import load_source_images
     from tta_exporters.sources import load_network
@@ -157,7 +157,8 @@ def build(
                 tell(f"{name}: parity with torch in float64 over {parity_steps} steps")
                 size = max(8, method.spec.min_batch)
                 batches = [example_batch(built.manifest.input, size, seed) for seed in range(parity_steps)]
-                report = parity(Model.open(out, method=name), reference(network, options, name), batches)
+                oracle, yardstick = reference(network, options, name), eager(network, options, name)
+                report = parity(Model.open(out, method=name), oracle, batches, yardstick)
                 worst[name] = {"output": report.worst.output, "error": report.worst.median}
                 report.require()
         except BaseException:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from .bundle import Bundle
 from .engine import Arrays, EngineOptions
 from .errors import BadValue, EngineFailed, EngineMissing, GraphMismatch, did_you_mean
 from .manifest import Graph, Port
+from .memory import return_free_memory
 
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
@@ -107,7 +106,7 @@ class OrtEngine:
         self._session.disable_fallback()
         _check_ports(graph, "input", self.spec.inputs, self._session.get_inputs())
         _check_ports(graph, "output", self.spec.outputs, self._session.get_outputs())
-        _return_free_memory()
+        return_free_memory()  # what parsing took
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by value name, from inputs by value name.
@@ -165,16 +164,6 @@ def _tight_arena() -> bool:
         # The program around us has registered one of its own, or this onnxruntime knows no such setting.
         return False
     return True
-
-
-def _return_free_memory() -> None:
-    """Gives what loading a graph allocated and freed (parsed files, weights in their first layout) back to the system.
-
-    glibc keeps it otherwise, and an edge box pays for it as long as the daemon runs. Elsewhere this does nothing.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _providers(name: str, available: list[str]) -> tuple[str, ...]:
