@@ -1,6 +1,6 @@
 """The reference of the methods as Markdown, made from their docstrings, options and specs: one home for each fact.
 
-Example: python -m tta_adapters.methods.reference docs/methods.md
+Example: python -m tta_exporters.methods_page docs/methods.md
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tta_adapters.base import Calibrated, Method, MethodSpec
 from tta_adapters.methods import METHODS, OptionValue, make_method, options_of
 from tta_adapters.norm import NormAdapter
 
-BEGIN, END = "<!-- methods: made by python -m tta_adapters.methods.reference -->", "<!-- end: methods -->"
+BEGIN, END = "<!-- methods: made by python -m tta_exporters.methods_page -->", "<!-- end: methods -->"
 
 OPTION_DOCS = {
     "optimizer": "`sgd` or `adam`",
