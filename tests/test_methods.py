@@ -25,6 +25,11 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "tent plain momentum": ("tent", {"nesterov": "false"}),
     "tent running": ("tent", {"statistics": "running"}),
     "norm alpha": ("norm", {"blend": "0.1", "ema": "0.05"}),
+    "eta adam": ("eta", {"optimizer": "adam"}),
+    "sar running": ("sar", {"statistics": "running", "margin": "1"}),
+    "cotta": ("cotta", {"views": "2"}),
+    "cotta without views": ("cotta", {"views": "0", "loss": "sce"}),
+    "t3a of one support": ("t3a", {"supports": "1"}),
 }
 
 

@@ -11,7 +11,7 @@ paper, run eagerly in tests, and compiled, backward pass included, into an ONNX 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -116,8 +116,11 @@ class MethodSpec:
         hyper: run-time settings with defaults, in vector order.
         report: names of the report vector's entries.
         logits: whether the returned logits belong to theta "before" or "after" the step.
-        trains: whether the step changes anything; False means the method only serves.
+        trains: whether the step moves theta.
+        steps: whether there is a step at all; False means the method only serves. A method may step without
+            training: it adjusts the batch's logits, or keeps a memory.
         min_batch: smallest batch whose statistics mean anything to the method.
+        serve_vector: what serves between steps: "theta", or "state:NAME" for a vector held in the state (a teacher).
         rand: number of uniform random numbers in [0, 1) the host must supply per step.
     """
 
@@ -128,7 +131,9 @@ class MethodSpec:
     report: tuple[str, ...] = ()
     logits: Literal["before", "after"] = "before"
     trains: bool = True
+    steps: bool = True
     min_batch: int = 1
+    serve_vector: str = "theta"
     rand: int = 0
 
     def unpack_hyper(self, vector: Tensor) -> dict[str, Tensor]:
@@ -206,6 +211,15 @@ class Method(Protocol):
         rand: Tensor,
     ) -> Step:
         """One adaptation step; pure."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A method that needs unlabelled source images once, before its anchor exists."""
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Takes what the anchor needs from x [batch, ...] of each batch."""
         ...
 
 

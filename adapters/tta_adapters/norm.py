@@ -44,6 +44,9 @@ class NormAdapter:
         exclude: shell patterns to leave out, e.g. "layer4*".
         preprocess: applied to the input before the network, e.g. from 0..255 to the network's own normalisation.
         head: path of the classifier, whose input is reported as features; by default the last nn.Linear.
+        classes: C, the length of the logits; by default the outputs of the classifier.
+        input_range: smallest and largest value that users send.
+        input_shape: of one input, without the batch; None where it is not known.
 
     Raises:
         SelectionError: the patterns select no normalisation layer, or ``head`` does not exist.
@@ -59,8 +62,13 @@ class NormAdapter:
         exclude: Sequence[str] = (),
         preprocess: Callable[[Tensor], Tensor] | None = None,
         head: str | None = None,
+        classes: int | None = None,
+        input_range: tuple[float, float] = (0.0, 1.0),
+        input_shape: tuple[int, ...] | None = None,
     ) -> None:
         self._preprocess = preprocess
+        self._input_range = input_range
+        self.input_shape = input_shape
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         floating = [value.dtype for value in self.module.parameters() if value.is_floating_point()]
         self.dtype = floating[0] if floating else torch.float32
@@ -68,6 +76,7 @@ class NormAdapter:
             self.module, NORM_TYPES, include=include, exclude=exclude
         )
         self._head = _find_head(self.module, head)
+        self._classes = classes or getattr(self._head, "out_features", None)
         self._batch_norms = {
             name: module for name, module in self.module.named_modules() if isinstance(module, _BATCH_NORMS)
         }
@@ -100,6 +109,34 @@ class NormAdapter:
     def trained(self) -> int:
         """Length of the leading, trained part of theta."""
         return sum(entry.size for entry in self.tensors if entry.trained)
+
+    @property
+    def classes(self) -> int:
+        """C, the length of the logits.
+
+        Raises:
+            SelectionError: the network has no linear classifier and ``classes`` was not given.
+        """
+        if self._classes is None:
+            raise SelectionError("the number of classes is unknown: give `classes`, or the `head`")
+        return int(self._classes)
+
+    def to_unit(self, x: Tensor) -> Tensor:
+        """What users send as floating point numbers in 0..1."""
+        low, high = self._input_range
+        return (x.to(self.dtype) - low) * (1.0 / (high - low))
+
+    def from_unit(self, x: Tensor) -> Tensor:
+        """Inverse of :meth:`to_unit`, but for the dtype."""
+        low, high = self._input_range
+        return low + (high - low) * x
+
+    def head_weight(self) -> tuple[Tensor, Tensor] | None:
+        """Weight [C, F] and bias [C] (zeros where it has none) of the linear classifier; None if there is none."""
+        if not isinstance(self._head, nn.Linear):
+            return None
+        bias = self._head.bias
+        return self._head.weight, bias if bias is not None else torch.zeros(len(self._head.weight))
 
     @property
     def has_running_statistics(self) -> bool:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from tta_adapters.base import Batch, Method, MethodSpec, State, init_state
+from tta_adapters.base import Batch, Calibrated, Method, MethodSpec, State, init_state
 from tta_adapters.methods import OptionValue, UnknownMethodError, UnknownOptionError, make_method
 from tta_adapters.norm import NormAdapter
 from tta_adapters.select import SelectionError
@@ -35,6 +35,9 @@ from tta_runtime.theta import make_layout
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
+
+CALIBRATION_BATCH = 64  # the scale of a Fisher estimate belongs to the batch that it was made with
+MAX_SOURCE_IMAGES = 2048
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class BuildOptions:
         class_names: for people, or None.
         head: path of the classifier module, or None for the last Linear.
         default_method: or None for the rule above.
+        source_images: [n, *input.shape] as users send them, unlabelled, for methods that need facts of the source
+            (eata); or None.
         provenance: facts recorded in the manifest.
     """
 
@@ -108,6 +113,7 @@ class BuildOptions:
     class_names: Sequence[str] | None = None
     head: str | None = None
     default_method: str | None = None
+    source_images: Tensor | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -143,6 +149,9 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NormAdapter, dic
             exclude=options.exclude,
             preprocess=options.input.preprocess,
             head=options.head,
+            classes=options.classes,
+            input_range=(options.input.preprocess.low, options.input.preprocess.high),
+            input_shape=options.input.shape,
         )
         _check_finite(adapter)
         _check_logits(adapter, options)
@@ -164,6 +173,8 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NormAdapter, dic
                 raise OptionError(
                     f"two of the methods are named {name}", "Name each once, or rename your own"
                 )
+            if isinstance(method, Calibrated):
+                _calibrate(name, method, options)
             methods[name] = method
     except SelectionError as error:
         raise OptionError(str(error), "A network without BatchNorm takes --methods source,tent") from error
@@ -175,6 +186,21 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NormAdapter, dic
             f"Methods are {', '.join(methods)}",
         )
     return adapter, methods
+
+
+def _calibrate(name: str, method: Calibrated, options: BuildOptions) -> None:
+    images = options.source_images
+    if images is None:
+        raise OptionError(
+            f"method {name} needs unlabelled images of the source",
+            "Give about 500 with --source-images FILE.npz",
+        )
+    if list(images.shape[1:]) != list(options.input.shape):
+        raise OptionError(
+            f"the source images are {list(images.shape[1:])}, the input is {list(options.input.shape)}",
+            "Give images of the input's shape",
+        )
+    method.calibrate(torch.split(images[:MAX_SOURCE_IMAGES], CALIBRATION_BATCH))
 
 
 def settings_key(entry: str) -> str:
@@ -295,7 +321,7 @@ def _write(
         progress("forward: tracing and lowering")
         graphs[manifest.FORWARD] = _forward_graph(adapter, options, work, weights)
         for name, method in methods.items():
-            if method.spec.trains:
+            if method.spec.steps:
                 progress(f"step.{name}: tracing and lowering")
                 graphs[f"step.{name}"] = _step_graph(name, adapter, method, options, work, weights)
     progress("theta, anchor, manifest")
@@ -320,7 +346,7 @@ def _write(
             for entry in adapter.tensors
         },
     )
-    bundle.write_tensors(work / manifest.ANCHOR, {})
+    bundle.write_tensors(work / manifest.ANCHOR, _anchors(methods))
     unsealed = manifest.Manifest(
         model_id=options.model_id,
         input=manifest.InputSpec(
@@ -349,11 +375,27 @@ def _write(
     return bundle.seal(work, unsealed)
 
 
+def _anchors(methods: Mapping[str, Method]) -> dict[str, np.ndarray]:
+    """The anchors of all methods together; methods that name the same fact share it."""
+    anchors: dict[str, np.ndarray] = {}
+    for name, method in methods.items():
+        for key, value in method.anchor().items():
+            array = value.detach().to(torch.float32).contiguous().numpy()
+            if key in anchors and not np.array_equal(anchors[key], array):
+                raise OptionError(
+                    f"method {name} has another anchor {key!r} than the method before it",
+                    "Put the method's name before the key of a fact that is its own",
+                )
+            anchors[key] = array
+    return anchors
+
+
 def _describe(name: str, spec: MethodSpec) -> manifest.MethodSpec:
     return manifest.MethodSpec(
         doc=spec.doc,
-        step=f"step.{name}" if spec.trains else None,
+        step=f"step.{name}" if spec.steps else None,
         logits=spec.logits,
+        serve_vector=spec.serve_vector,
         state=[
             manifest.StateSpec(name=entry.name, dtype="float32", shape=list(entry.shape), init=entry.init)
             for entry in spec.state

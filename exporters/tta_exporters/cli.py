@@ -102,6 +102,10 @@ def build(
         str | None, typer.Option("--id", help="Name of the model (default: from SOURCE).")
     ] = None,
     default_method: Annotated[str | None, typer.Option(help="Method served by default.")] = None,
+    source_images: Annotated[
+        Path | None,
+        typer.Option(help="npz with x (uint8 images): unlabelled source images for methods that need them."),
+    ] = None,
     parity_steps: Annotated[
         int, typer.Option("--parity", min=0, help="Compare with eager torch over N steps; 0 skips.")
     ] = 3,
@@ -111,25 +115,22 @@ def build(
 
     Example: tta-export build models.py:resnet8 --weights w.safetensors --input 3x32x32 --classes 10 -o bundle
     """
-    from tta_exporters.build import BuildOptions, InputOptions
+    from tta_exporters.build import MAX_SOURCE_IMAGES, BuildOptions, InputOptions
     from tta_exporters.build import build as build_bundle
     from tta_exporters.check import example_batch
     from tta_exporters.parity import eager, parity, reference
     from tta_exporters.preprocess import Preprocess
+    from tta_exporters.source_images import load_source_images
     from tta_exporters.sources import load_network
     from tta_runtime import Model
 
     low, high = _numbers(value_range or ("0:255" if dtype == "uint8" else "0:1"), ":", "--range", count=2)
     origin = source.rstrip("/").rsplit("/", 1)[-1]
+    means, stds = _numbers(mean, ",", "--mean"), _numbers(std, ",", "--std")
+    users = InputOptions(_shape(input_shape), dtype, Preprocess(low, high, means, stds, scale=not raw_range))
     options = BuildOptions(
         model_id=model_id or origin.rsplit(":", 1)[-1],
-        input=InputOptions(
-            _shape(input_shape),
-            dtype,
-            Preprocess(
-                low, high, _numbers(mean, ",", "--mean"), _numbers(std, ",", "--std"), scale=not raw_range
-            ),
-        ),
+        input=users,
         classes=classes,
         methods=[name.strip() for name in methods.split(",") if name.strip()],
         settings=_settings(settings or []),
@@ -138,6 +139,7 @@ def build(
         class_names=[name.strip() for name in class_names.split(",")] if class_names else None,
         head=head,
         default_method=default_method,
+        source_images=load_source_images(source_images, users, MAX_SOURCE_IMAGES) if source_images else None,
         provenance={"source": origin, "weights": weights.name if weights else "none"},
     )
     network = load_network(source, weights)

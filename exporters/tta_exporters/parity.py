@@ -131,7 +131,10 @@ def parity(
     """
     theta = torch.from_numpy(np.array(model.theta)).double()
     state = {key: value.double() for key, value in init_state(oracle.spec, theta).items()}
-    anchor = {key: value.double() for key, value in oracle.anchor().items()}
+    # The graph's own: what was estimated from source images is an input of the step, not a result of it.
+    anchor = {
+        key: torch.from_numpy(np.array(value)).double() for key, value in model.engines.bundle.anchor.items()
+    }
     hyper = torch.tensor([model.hyper[entry.name] for entry in oracle.spec.hyper], dtype=torch.float64)
     errors: dict[str, list[float]] = {}
     eager_errors: dict[str, float] = {}

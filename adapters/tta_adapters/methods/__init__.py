@@ -7,13 +7,34 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from tta_adapters.base import Method
+from tta_adapters.methods.cotta import Cotta
+from tta_adapters.methods.eta import Eata, Eta
+from tta_adapters.methods.lame import Lame
 from tta_adapters.methods.norm import Norm
+from tta_adapters.methods.rdumb import Rdumb
+from tta_adapters.methods.roid import Roid
+from tta_adapters.methods.sar import Sar
 from tta_adapters.methods.source import Source
+from tta_adapters.methods.t3a import T3a
 from tta_adapters.methods.tent import Tent
+from tta_adapters.methods.zoa import Zoa
 from tta_adapters.norm import NormAdapter
 from tta_adapters.select import SelectionError
 
-METHODS: Mapping[str, Callable[..., Method]] = {"source": Source, "norm": Norm, "tent": Tent}
+METHODS: Mapping[str, Callable[..., Method]] = {
+    "source": Source,
+    "norm": Norm,
+    "tent": Tent,
+    "eta": Eta,
+    "eata": Eata,
+    "sar": Sar,
+    "rdumb": Rdumb,
+    "roid": Roid,
+    "cotta": Cotta,
+    "lame": Lame,
+    "t3a": T3a,
+    "zoa": Zoa,
+}
 
 OptionValue = str | float | bool
 

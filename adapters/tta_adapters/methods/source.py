@@ -18,7 +18,7 @@ class Source:
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
-        self.spec = MethodSpec("source", "the frozen source model", trains=False)
+        self.spec = MethodSpec("source", "the frozen source model", trains=False, steps=False)
 
     def anchor(self) -> dict[str, Tensor]:
         """No anchor."""

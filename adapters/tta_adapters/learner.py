@@ -1,0 +1,159 @@
+"""What methods that learn by gradient share: a forward pass, one optimiser step, running statistics that follow.
+
+A method decides what is minimised and by which samples; a :class:`Learner` does the rest the same way for all of them,
+so that they differ in what their papers say and in nothing else.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tta_adapters.base import Forward, Hyper, State, StateSpec
+from tta_adapters.norm import NormAdapter, statistics_gap
+from tta_adapters.optim import optimiser
+
+StatisticsMode = Literal["batch", "running"]
+
+
+class Update(NamedTuple):
+    """What one optimiser step proposes.
+
+    Attributes:
+        theta: [P] float32.
+        state: the optimiser's arrays.
+        statistics_gap: 0-d; see :func:`tta_adapters.norm.statistics_gap`.
+    """
+
+    theta: Tensor
+    state: State
+    statistics_gap: Tensor
+
+
+class Learner:
+    """A norm adapter, an optimiser and the statistics that the network is trained under.
+
+    Args:
+        name: of the method, for messages.
+        adapter: whose theta is trained.
+        optimizer: "sgd" or "adam".
+        nesterov: Nesterov's form of SGD momentum.
+        statistics: "batch" normalises by the batch's own statistics, and the running ones in theta follow at the rate
+            ``ema``, so that the serving graph agrees with what the step learned under; "running" uses theta's.
+        skip: shell patterns of theta's tensors, separated by spaces, that are not trained.
+
+    Raises:
+        ValueError: an unknown optimizer or statistics mode, or patterns that leave nothing to train.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        adapter: NormAdapter,
+        *,
+        optimizer: str,
+        nesterov: bool,
+        statistics: StatisticsMode = "batch",
+        skip: str = "",
+    ) -> None:
+        if statistics not in ("batch", "running"):
+            raise ValueError(f"{name}.statistics is {statistics!r}: choose batch or running")
+        self.adapter = adapter
+        self.statistics = statistics
+        self._optimiser = optimiser(optimizer, nesterov=nesterov)
+        # The rate exists only where there is something to follow: a hyper entry without effect would be a lie.
+        self.follows = statistics == "batch" and adapter.has_running_statistics
+        self._mask = _mask(name, adapter, skip.split())
+
+    @property
+    def min_batch(self) -> int:
+        """The smallest batch whose statistics mean anything."""
+        return 2 if self.follows else 1
+
+    def hyper(self, lr: float, ema: float, **defaults: float) -> tuple[Hyper, ...]:
+        """Settings of the optimiser, then the rate at which running statistics follow, where there are any.
+
+        Args:
+            lr: default of the learning rate.
+            ema: default of the rate.
+            defaults: of other settings of the optimiser, by name.
+        """
+        own = tuple(
+            replace(entry, default=defaults.get(entry.name, entry.default))
+            for entry in self._optimiser.hyper(lr)
+        )
+        follow = (Hyper("ema", ema, "rate at which running statistics follow the batch", 0.0, 1.0),)
+        return own + (follow if self.follows else ())
+
+    def state(self) -> tuple[StateSpec, ...]:
+        """The optimiser's arrays."""
+        return self._optimiser.init(self.adapter.trained)
+
+    def fresh(self) -> State:
+        """The optimiser's arrays as they were before the first step."""
+        makers = {"zeros": torch.zeros, "ones": torch.ones}
+        return {entry.name: makers[entry.init](entry.shape) for entry in self.state()}
+
+    def forward(self, theta: Tensor, x: Tensor) -> tuple[dict[str, Tensor], Forward]:
+        """The named tensors of theta [P], trained ones as leaves, and one pass under the learner's statistics."""
+        tensors = self.adapter.unpack(theta)
+        return tensors, self.adapter.forward(tensors, x, statistics=self.statistics)
+
+    def masked(self, grad: Tensor) -> Tensor:
+        """The gradient [T] with 0 where nothing is trained."""
+        return grad if self._mask is None else grad * self._mask
+
+    def update(
+        self,
+        grad: Tensor,
+        theta: Tensor,
+        state: State,
+        setting: Mapping[str, Tensor],
+        out: Forward,
+        *,
+        learns: Tensor,
+        seen: Tensor,
+    ) -> Update:
+        """One optimiser step on the trained part; the statistics follow the batch.
+
+        Args:
+            grad: [T] of the objective, already :meth:`masked`.
+            theta: [P], before the step.
+            state: with the optimiser's arrays, and maybe others.
+            setting: hyper values by name.
+            out: the pass whose statistics are followed.
+            learns: 0-d bool: whether any sample takes part in the objective; else theta's trained part and the
+                optimiser's arrays stay as they are.
+            seen: 0-d bool: whether any sample was accepted at all; else the statistics stay as well.
+        """
+        delta, moved = self._optimiser.update(grad, state, setting)
+        trained, running = theta[: self.adapter.trained], theta[self.adapter.trained :]
+        trained = torch.where(learns, trained + self.masked(delta), trained)
+        gap = torch.zeros(())
+        if self.follows:
+            observed = self.adapter.batch_statistics(out.statistics)
+            gap = statistics_gap(running, observed)
+            rate = setting["ema"] * seen.to(theta.dtype)
+            running = (1 - rate) * running + rate * observed
+        kept = {key: torch.where(learns, moved[key], state[key]) for key in moved}
+        return Update(torch.cat([trained, running]), kept, gap)
+
+
+def _mask(name: str, adapter: NormAdapter, patterns: list[str]) -> Tensor | None:
+    """[T] of 1 for values that are trained and 0 for those that a pattern leaves out; None for no pattern."""
+    if not patterns:
+        return None
+    trained = [entry for entry in adapter.tensors if entry.trained]
+    pieces = [
+        torch.full((entry.size,), float(not any(fnmatch.fnmatchcase(entry.name, p) for p in patterns)))
+        for entry in trained
+    ]
+    mask = torch.cat(pieces)
+    if not mask.any():
+        raise ValueError(f"{name}.skip={' '.join(patterns)!r} leaves none of {len(trained)} tensors to train")
+    return mask

@@ -1,0 +1,150 @@
+"""CoTTA: a student learns from a slow teacher's mean over random views, and forgets a little of what it learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tta_adapters.augment import COTTA, PARAMETERS, augment, normal_field
+from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
+from tta_adapters.learner import Learner, StatisticsMode
+from tta_adapters.losses import cross_entropy, entropy, symmetric_cross_entropy, weighted_mean
+from tta_adapters.norm import NormAdapter
+
+
+class Cotta:
+    """One optimiser step of the student towards the teacher's prediction, a step of the teacher towards the student.
+
+    The target is the mean of the teacher's logits over ``views`` random views where the source is unsure of the
+    batch (mean largest probability below ``confidence``), else the teacher's logits of the images as they are.
+    A graph has one shape, so the views are always computed, as in the authors' CIFAR code. teacher' = ``decay``
+    * teacher + (1 - ``decay``) * theta'. Then each trained value returns to the source with probability
+    ``restore``.
+
+    ``loss`` is "ce" (the authors' CIFAR code) or "sce", symmetric (their ImageNet code). The views' noise is
+    one field for each step, shifted from view to view.
+
+    Trained: what the adapter trains, the norm affine here; the paper trains every weight. Forwards / backwards
+    per sample: 3 + ``views`` / 1. Needs source data: no (the source theta). Returns the *teacher's* logits,
+    before the update, and the teacher serves between steps.
+
+    Source: Wang et al., Continual Test-Time Domain Adaptation, CVPR 2022, eq. 1 to 9.
+    """
+
+    def __init__(
+        self,
+        adapter: NormAdapter,
+        *,
+        optimizer: str = "adam",
+        nesterov: bool = True,
+        lr: float = 1e-3,
+        ema: float = 0.1,
+        views: float = 32.0,
+        confidence: float = 0.92,
+        decay: float = 0.999,
+        restore: float = 0.01,
+        loss: str = "ce",
+        statistics: StatisticsMode = "batch",
+    ) -> None:
+        if views < 0 or views != int(views):
+            raise ValueError(f"cotta.views is {views:g}: a whole number from 0")
+        if loss not in ("ce", "sce"):
+            raise ValueError(f"cotta.loss is {loss!r}: choose ce or sce")
+        image = adapter.input_shape
+        if views and (image is None or len(image) != 3 or image[0] not in (1, 3)):
+            raise ValueError(f"cotta.views={views:g} needs images of 1 or 3 channels, the input is {image}")
+        self.adapter = adapter
+        self._views, self._symmetric = int(views), loss == "sce"
+        self._image = tuple(image or ())
+        self._learner = Learner(
+            "cotta", adapter, optimizer=optimizer, nesterov=nesterov, statistics=statistics
+        )
+        pixels = torch.Size(self._image).numel() if self._views else 0
+        self._noise = 2 * pixels
+        self.spec = MethodSpec(
+            "cotta",
+            f"towards a teacher's mean over {self._views} views by {optimizer}, {statistics} statistics",
+            state=(*self._learner.state(), StateSpec("teacher", (adapter.size,), "theta")),
+            hyper=(
+                *self._learner.hyper(lr, ema),
+                Hyper("confidence", confidence, "source confidence from which no views are needed", 0.0, 1.0),
+                Hyper("decay", decay, "share of the teacher that stays", 0.0, 1.0),
+                Hyper("restore", restore, "probability of a value to return to the source", 0.0, 1.0),
+            ),
+            report=(
+                "loss",
+                "entropy",
+                "accepted",
+                "grad_norm",
+                "update_norm",
+                "statistics_gap",
+                "source_confidence",
+            ),
+            min_batch=self._learner.min_batch,
+            serve_vector="state:teacher",
+            rand=adapter.trained + self._views * PARAMETERS + self._noise,
+        )
+
+    def anchor(self) -> dict[str, Tensor]:
+        """``theta0`` [P], to return to."""
+        return {"theta0": self.adapter.source_theta()}
+
+    def step(
+        self,
+        batch: Batch,
+        theta: Tensor,
+        state: State,
+        anchor: Mapping[str, Tensor],
+        hyper: Tensor,
+        rand: Tensor,
+    ) -> Step:
+        """Ask the teacher, learn, let the teacher follow, restore."""
+        setting = self.spec.unpack_hyper(hyper)
+        trained = self.adapter.trained
+        with torch.no_grad():
+            source = self._logits(anchor["theta0"], batch.x)
+            confidence = weighted_mean(source.softmax(1).amax(1), batch.weight)
+            target = self._logits(state["teacher"], batch.x)
+            if self._views:
+                mean = self._mean_over_views(state["teacher"], batch.x, rand[trained:])
+                target = torch.where(confidence < setting["confidence"], mean, target)
+        with torch.enable_grad():
+            tensors, out = self._learner.forward(theta, batch.x)
+            distance = symmetric_cross_entropy if self._symmetric else cross_entropy
+            loss = weighted_mean(distance(out.logits, target), batch.weight)
+            grad = gradient(loss, self.adapter, tensors)
+        seen = batch.weight.sum() > 0
+        new = self._learner.update(grad, theta, state, setting, out, learns=seen, seen=seen)
+        learned, running = new.theta[:trained], new.theta[trained:]
+        followed = setting["decay"] * state["teacher"][:trained] + (1 - setting["decay"]) * learned
+        teacher = torch.where(seen, torch.cat([followed, running]), state["teacher"])
+        returns = seen & (rand[:trained] < setting["restore"])
+        proposed = torch.cat([torch.where(returns, anchor["theta0"][:trained], learned), running])
+        report = torch.stack(
+            [
+                loss.detach(),
+                entropy(target).mean(),
+                (batch.weight > 0).to(theta.dtype).mean(),
+                torch.linalg.vector_norm(grad),
+                torch.linalg.vector_norm(proposed - theta),
+                new.statistics_gap,
+                confidence,
+            ]
+        )
+        return Step(target, proposed, {**new.state, "teacher": teacher}, report)
+
+    def _logits(self, theta: Tensor, x: Tensor) -> Tensor:
+        return self._learner.forward(theta, x)[1].logits
+
+    def _mean_over_views(self, theta: Tensor, x: Tensor, rand: Tensor) -> Tensor:
+        unit = self.adapter.to_unit(x)
+        draws, noise = rand[: self._views * PARAMETERS], rand[self._views * PARAMETERS :]
+        field = normal_field(noise, self._image)
+        total = torch.zeros(())
+        for k in range(self._views):
+            shifted = field.roll((3 * k, 7 * k), dims=(1, 2))
+            view = augment(unit, draws[k * PARAMETERS : (k + 1) * PARAMETERS], COTTA, shifted)
+            total = total + self._logits(theta, self.adapter.from_unit(view))
+        return total / self._views
