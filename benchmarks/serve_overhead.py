@@ -191,6 +191,8 @@ def daemon(bundle: Path, policy: str) -> Iterator[str]:
     command = [
         sys.executable, "-m", "tta_edge", "serve", str(bundle), "--bind", "tcp://127.0.0.1:0", "--http", "off",
         "--method", "tent", "--policy", policy, "--threads", str(os.cpu_count() or 1), "--log-level", "warning",
+        # Noise collapses and drifts: what is measured is time, with steps that go on.
+        "--min-diversity", "0", "--reset-every-steps", "0", "--max-distance", "1e9",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
