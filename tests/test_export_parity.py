@@ -124,7 +124,7 @@ def test_a_deviation_of_one_percent_is_objected_to() -> None:
     batches = [example_batch(model.manifest.input, 6, seed) for seed in range(3)]
     assert parity(model, oracle, batches).ok
     off = Tent(oracle.adapter, lr=0.1)  # the oracle's hyper values come from the model: spoil what it adds
-    off._optimiser = _Faster(nesterov=True)
+    off._learner._optimiser = _Faster(nesterov=True)
     assert not parity(Model.open(built("resnet").path, method="tent", hyper={"lr": 0.1}), off, batches).ok
 
 
