@@ -515,7 +515,7 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(commands_stream.os, "access", lambda *_: False)
     with pytest.raises(commands_stream.OutputUnwritable, match="is not writable"):
-        commands_stream._check_output(tmp_path / "r.html")
+        commands_stream.check_output(tmp_path / "r.html")
 
 
 BLOCKED = """

@@ -230,12 +230,22 @@ def init_state(spec: MethodSpec, theta: Tensor) -> State:
         spec: the method's spec.
         theta: [P] float32, the source theta.
     """
+    return initial(spec.state, theta)
+
+
+def initial(entries: Iterable[StateSpec], theta: Tensor) -> State:
+    """Some state arrays as they are before the first step.
+
+    Args:
+        entries: the arrays.
+        theta: [P] float32, copied where an array starts as theta.
+    """
     makers = {"zeros": torch.zeros, "ones": torch.ones}
     return {
         entry.name: theta.clone()
         if entry.init == "theta"
         else makers[entry.init](entry.shape, dtype=torch.float32)
-        for entry in spec.state
+        for entry in entries
     }
 
 

@@ -94,11 +94,6 @@ class Learner:
         """The optimiser's arrays."""
         return self._optimiser.init(self.adapter.trained)
 
-    def fresh(self) -> State:
-        """The optimiser's arrays as they were before the first step."""
-        makers = {"zeros": torch.zeros, "ones": torch.ones}
-        return {entry.name: makers[entry.init](entry.shape) for entry in self.state()}
-
     def forward(self, theta: Tensor, x: Tensor) -> tuple[dict[str, Tensor], Forward]:
         """The named tensors of theta [P], trained ones as leaves, and one pass under the learner's statistics."""
         tensors = self.adapter.unpack(theta)

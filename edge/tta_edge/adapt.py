@@ -20,6 +20,7 @@ from tta_edge.events import Event, Reason, Tell
 from tta_edge.monitor import Monitor
 from tta_edge.wire import StreamState
 from tta_runtime import theta as thetas
+from tta_runtime.arrays import is_finite
 from tta_runtime.errors import BatchTooSmall, EngineError, NonFinite, StaleBase, WrongBatch
 from tta_runtime.model import Checkpoint, Model, Step
 from tta_runtime.state_file import MAX_NOTES
@@ -88,12 +89,12 @@ def objection(step: Step, theta0: NDArray[np.float32], guards: Guards) -> tuple[
     Returns:
         The reason code and the values behind it; None where nothing speaks against the step.
     """
-    if not _finite(step.logits):
+    if not is_finite(step.logits):
         return Reason.NON_FINITE_LOGITS, "the step's logits hold NaN or Inf"
-    if not _finite(step.theta):
+    if not is_finite(step.theta):
         return Reason.NON_FINITE_THETA, "the step's theta holds NaN or Inf"
     for name, array in step.state.items():
-        if not _finite(array):
+        if not is_finite(array):
             return Reason.NON_FINITE_STATE, f"the step's state `{name}` holds NaN or Inf"
     distance = thetas.distance(step.theta, theta0)
     if distance > guards.max_distance:
@@ -102,10 +103,6 @@ def objection(step: Step, theta0: NDArray[np.float32], guards: Guards) -> tuple[
             f"distance {distance:.4g} from the source, max_distance is {guards.max_distance:.4g}",
         )
     return None
-
-
-def _finite(array: NDArray[Any]) -> bool:
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def _ignore(_: Event) -> None:
@@ -440,9 +437,9 @@ class Stream:
     def _serve(self, x: NDArray[Any]) -> tuple[NDArray[np.float32], Reason | None]:
         """The serve graph's answer; from the source if only the active theta gives no finite logits."""
         logits = self.model.predict(x).logits
-        if _finite(logits):
+        if is_finite(logits):
             return logits, None
-        if not self.model.steps or not _finite(self.model.predict(x, source=True).logits):
+        if not self.model.steps or not is_finite(self.model.predict(x, source=True).logits):
             spec = self.model.manifest.input
             raise NonFinite(
                 f"the logits of this batch hold NaN or Inf, its values reach {np.abs(x).max():.3g}",

@@ -202,8 +202,9 @@ def top(
 
     Example: tta-edge top --to tcp://127.0.0.1:5555 --interval-s 1
     """
+    from tta_edge.commands_stream import check_output
     from tta_edge.terminal import Keys
-    from tta_edge.top import Feed, check_output, frame, frame_form, save_svg, watch
+    from tta_edge.top import Feed, frame, frame_form, save_svg, watch
 
     check_output(svg)
     live = not (once or as_json)

@@ -82,7 +82,7 @@ def stream(
     from tta_edge.streams.sources import open_source
     from tta_edge.view import LiveView, stream_table
 
-    _check_output(json_file)
+    check_output(json_file)
     opened = open_source(source)
     shifts = opened.parse(shift)
     _warn_of_sorted(opened, shuffle)
@@ -184,8 +184,8 @@ def evaluate(
     from tta_runtime.bundle import Bundle
     from tta_runtime.engine import EngineOptions
 
-    _check_output(json_file)
-    _check_output(report)
+    check_output(json_file)
+    check_output(report)
     if report is not None:
         from tta_edge.figure import check_plots
 
@@ -250,9 +250,9 @@ def demo(
     from tta_edge.streams.measures import Recovery
     from tta_edge.view import LiveView, stream_table
 
-    _check_output(json_file)
+    check_output(json_file)
     if figure is not None:
-        _check_output(figure)
+        check_output(figure)
         check_figure(figure)
     console, recovery = Console(), Recovery()
     title = (
@@ -291,7 +291,7 @@ def _warn_of_sorted(source: Source, shuffle: bool) -> None:
         )
 
 
-def _check_output(path: Path | None) -> None:
+def check_output(path: Path | None) -> None:
     """Refuse a place that cannot be written before the work begins.
 
     Raises:

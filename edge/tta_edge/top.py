@@ -321,16 +321,6 @@ def frame_form(view: View) -> dict[str, Any]:
     }
 
 
-def check_output(file: Path | None) -> None:
-    """Refuse a picture that cannot be written before the view begins.
-
-    Raises:
-        OutputUnwritable: the directory does not exist, or the path is one.
-    """
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise OutputUnwritable(f"{file} cannot be written", "Name a file in an existing directory")
-
-
 def save_svg(file: Path, view: View) -> None:
     """Write a frame as a picture.
 

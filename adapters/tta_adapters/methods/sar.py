@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
+from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient, initial
 from tta_adapters.learner import Learner, StatisticsMode
 from tta_adapters.losses import entropy, weighted_mean
 from tta_adapters.norm import NormAdapter
@@ -124,7 +124,7 @@ class Sar:
         proposed = torch.where(
             recovers, torch.cat([anchor["theta0"][:trained], new.theta[trained:]]), new.theta
         )
-        fresh = self._learner.fresh()
+        fresh = initial(self._learner.state(), theta)
         moved: State = {
             key: torch.where(recovers, fresh[key].to(array.dtype), array) for key, array in new.state.items()
         }
