@@ -20,6 +20,9 @@ from tta_adapters.optim import optimiser
 
 StatisticsMode = Literal["batch", "running"]
 
+REPORT = ("loss", "entropy", "accepted", "grad_norm", "update_norm", "statistics_gap")
+"""What every method that learns by gradient reports, in the order of :func:`report`."""
+
 
 class Update(NamedTuple):
     """What one optimiser step proposes.
@@ -137,6 +140,39 @@ class Learner:
             running = (1 - rate) * running + rate * observed
         kept = {key: torch.where(learns, moved[key], state[key]) for key in moved}
         return Update(torch.cat([trained, running]), kept, gap)
+
+
+def report(
+    loss: Tensor,
+    entropies: Tensor,
+    taken: Tensor,
+    grad: Tensor,
+    moved: Tensor,
+    gap: Tensor,
+    *more: Tensor,
+) -> Tensor:
+    """The report vector [6 + more], detached.
+
+    Args:
+        loss: 0-d.
+        entropies: [batch].
+        taken: [batch], above 0 for samples that take part in the objective.
+        grad: [T].
+        moved: [P], theta' - theta.
+        gap: 0-d, the statistics gap.
+        more: 0-d each, what the method reports beside these.
+    """
+    return torch.stack(
+        [
+            loss.detach(),
+            entropies.detach().mean(),
+            (taken > 0).to(moved.dtype).mean(),
+            torch.linalg.vector_norm(grad),
+            torch.linalg.vector_norm(moved),
+            gap,
+            *more,
+        ]
+    )
 
 
 def _mask(name: str, adapter: NormAdapter, patterns: list[str]) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tta_adapters.augment import COTTA, PARAMETERS, augment, normal_field
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
-from tta_adapters.learner import Learner, StatisticsMode
+from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import cross_entropy, entropy, symmetric_cross_entropy, weighted_mean
 from tta_adapters.norm import NormAdapter
 
@@ -73,15 +73,7 @@ class Cotta:
                 Hyper("decay", decay, "share of the teacher that stays", 0.0, 1.0),
                 Hyper("restore", restore, "probability of a value to return to the source", 0.0, 1.0),
             ),
-            report=(
-                "loss",
-                "entropy",
-                "accepted",
-                "grad_norm",
-                "update_norm",
-                "statistics_gap",
-                "source_confidence",
-            ),
+            report=(*REPORT, "source_confidence"),
             min_batch=self._learner.min_batch,
             serve_vector="state:teacher",
             rand=adapter.trained + self._views * PARAMETERS + self._noise,
@@ -122,18 +114,16 @@ class Cotta:
         teacher = torch.where(seen, torch.cat([followed, running]), state["teacher"])
         returns = seen & (rand[:trained] < setting["restore"])
         proposed = torch.cat([torch.where(returns, anchor["theta0"][:trained], learned), running])
-        report = torch.stack(
-            [
-                loss.detach(),
-                entropy(target).mean(),
-                (batch.weight > 0).to(theta.dtype).mean(),
-                torch.linalg.vector_norm(grad),
-                torch.linalg.vector_norm(proposed - theta),
-                new.statistics_gap,
-                confidence,
-            ]
+        figures = report(
+            loss,
+            entropy(target),
+            batch.weight,
+            grad,
+            proposed - theta,
+            new.statistics_gap,
+            confidence,
         )
-        return Step(target, proposed, {**new.state, "teacher": teacher}, report)
+        return Step(target, proposed, {**new.state, "teacher": teacher}, figures)
 
     def _logits(self, theta: Tensor, x: Tensor) -> Tensor:
         return self._learner.forward(theta, x)[1].logits

@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
-from tta_adapters.learner import Learner, StatisticsMode
+from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import entropy, weighted_mean
 from tta_adapters.norm import NormAdapter
 from tta_adapters.select_samples import follow_average, novel, reliable
-
-REPORT = ("loss", "entropy", "accepted", "grad_norm", "update_norm", "statistics_gap")
 
 
 def redundancy_of(classes: int) -> float:
@@ -110,18 +108,9 @@ class Eta:
         new = self._learner.update(
             grad, theta, state, setting, out, learns=taken.sum() > 0, seen=batch.weight.sum() > 0
         )
-        report = torch.stack(
-            [
-                loss.detach(),
-                fixed.mean(),
-                (taken > 0).to(theta.dtype).mean(),
-                torch.linalg.vector_norm(grad),
-                torch.linalg.vector_norm(new.theta - theta),
-                new.statistics_gap,
-            ]
-        )
+        figures = report(loss, fixed, taken, grad, new.theta - theta, new.statistics_gap)
         average = follow_average(probabilities, taken, state)
-        return Step(out.logits.detach(), new.theta, {**new.state, **average}, report)
+        return Step(out.logits.detach(), new.theta, {**new.state, **average}, figures)
 
     def _more_hyper(self) -> tuple[Hyper, ...]:
         return ()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tta_adapters.augment import PARAMETERS, ROID, augment
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
-from tta_adapters.learner import Learner, StatisticsMode
+from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import entropy, soft_likelihood_ratio, symmetric_cross_entropy, weighted_mean
 from tta_adapters.norm import NormAdapter
 
@@ -64,7 +64,7 @@ class Roid:
                 *self._learner.hyper(lr, ema),
                 Hyper("pull", pull, "share of the source theta mixed in after each step", 0.0, 1.0),
             ),
-            report=("loss", "entropy", "accepted", "grad_norm", "update_norm", "statistics_gap"),
+            report=REPORT,
             min_batch=2,
             rand=PARAMETERS,
         )
@@ -107,17 +107,10 @@ class Roid:
         moved: State = dict(new.state)
         moved["average"] = torch.where(seen, DECAY * average + (1 - DECAY) * mean, state["average"])
         moved["known"] = torch.where(seen, torch.ones_like(state["known"]), state["known"])
-        report = torch.stack(
-            [
-                loss.detach(),
-                entropy(out.logits.detach()).mean(),
-                (weight * present > 0).to(theta.dtype).mean(),
-                torch.linalg.vector_norm(grad),
-                torch.linalg.vector_norm(proposed - theta),
-                new.statistics_gap,
-            ]
+        figures = report(
+            loss, entropy(out.logits), weight * present, grad, proposed - theta, new.statistics_gap
         )
-        return Step(corrected(out.logits.detach(), mean, count, classes), proposed, moved, report)
+        return Step(corrected(out.logits.detach(), mean, count, classes), proposed, moved, figures)
 
 
 def sample_weights(logits: Tensor, average: Tensor, present: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient, initial
-from tta_adapters.learner import Learner, StatisticsMode
+from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import entropy, weighted_mean
 from tta_adapters.norm import NormAdapter
 from tta_adapters.select_samples import reliable
@@ -72,15 +72,7 @@ class Sar:
                     1.0,
                 ),
             ),
-            report=(
-                "loss",
-                "entropy",
-                "accepted",
-                "grad_norm",
-                "update_norm",
-                "statistics_gap",
-                "recovered",
-            ),
+            report=(*REPORT, "recovered"),
             min_batch=self._learner.min_batch,
         )
 
@@ -132,15 +124,7 @@ class Sar:
         moved["known"] = torch.where(
             learns, torch.where(recovers, 0.0, torch.ones_like(state["known"])), state["known"]
         )
-        report = torch.stack(
-            [
-                value,
-                first.detach().mean(),
-                (kept > 0).to(theta.dtype).mean(),
-                torch.linalg.vector_norm(grad),
-                torch.linalg.vector_norm(proposed - theta),
-                new.statistics_gap,
-                recovers.to(theta.dtype),
-            ]
+        figures = report(
+            value, first, kept, grad, proposed - theta, new.statistics_gap, recovers.to(theta.dtype)
         )
-        return Step(out.logits.detach(), proposed, moved, report)
+        return Step(out.logits.detach(), proposed, moved, figures)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tta_adapters.base import Batch, MethodSpec, State, Step, gradient
-from tta_adapters.learner import Learner, StatisticsMode
+from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import entropy, weighted_mean
 from tta_adapters.norm import NormAdapter
 
@@ -46,7 +46,7 @@ class Tent:
             f"entropy minimisation on norm affine by {optimizer}, {statistics} statistics",
             state=self._learner.state(),
             hyper=self._learner.hyper(lr, ema),
-            report=("loss", "entropy", "accepted", "grad_norm", "update_norm", "statistics_gap"),
+            report=REPORT,
             min_batch=self._learner.min_batch,
         )
 
@@ -72,14 +72,5 @@ class Tent:
             grad = gradient(loss, self.adapter, tensors)
         seen = batch.weight.sum() > 0
         new = self._learner.update(grad, theta, state, setting, out, learns=seen, seen=seen)
-        report = torch.stack(
-            [
-                loss.detach(),
-                per_sample.detach().mean(),
-                (batch.weight > 0).to(theta.dtype).mean(),
-                torch.linalg.vector_norm(grad),
-                torch.linalg.vector_norm(new.theta - theta),
-                new.statistics_gap,
-            ]
-        )
-        return Step(out.logits.detach(), new.theta, new.state, report)
+        figures = report(loss, per_sample, batch.weight, grad, new.theta - theta, new.statistics_gap)
+        return Step(out.logits.detach(), new.theta, new.state, figures)
