@@ -491,9 +491,8 @@ class Crashing:
         assert self.process.stdin is not None
         self.process.stdin.close()
         if self.process.poll() is None:
-            with_pid = self._pid and not any("exit" in line for line in self.said)
-            if with_pid:
-                os.kill(self._pid, signal.SIGKILL)
+            if self._pid and not any("exit" in line for line in self.said):
+                self.kill()
         self.process.wait(PATIENCE_S)
 
 

@@ -191,7 +191,8 @@ def test_killed_at_each_fail_point(bundle, quick_path, layout, name):
                     break
                 before(client)
                 arm.touch()
-                with pytest.raises(ConnectionLost):
+                # The saver's thread is killed at a moment of its own: the client may be between two calls then.
+                with pytest.raises((ConnectionLost, Unreachable)):
                     act(client)
             assert crashing.ended() == -signal.SIGKILL
             assert crashing.calls() == calls[:at]
