@@ -333,6 +333,13 @@ _GROUPS: list[tuple[str, type[TtaError], bool, dict[str, tuple[Any, ...]]]] = [
                 "lr",
             ),
             "hyper default no float32": (put("methods", "tent", "hyper", 0, "default", value=1e300),),
+            "cost below 0": (put("methods", "tent", "forwards", value=-1), "-1", "backwards 1"),
+            "cost no number": (put("methods", "tent", "backwards", value=1e7), "10000000", "1e+06"),
+            "half of the cost": (drop("methods", "tent", "backwards"), "forwards 1", "None"),
+            "cost of no step": (
+                edited(lambda d: d["methods"]["source"].update(forwards=1, backwards=0)),
+                "no step",
+            ),
             "report twice": (put("methods", "tent", "report", value=["loss", "loss", "a", "b"]),),
             "unknown state dtype": (put("methods", "tent", "state", 0, "dtype", value="object"),),
             "unknown state init": (put("methods", "tent", "state", 0, "init", value="random"),),

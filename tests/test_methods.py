@@ -10,7 +10,7 @@ from torch import Tensor
 
 from networks import group_norm, resnet
 from tta_adapters import METHODS, NormAdapter, check_method, make_method
-from tta_adapters.base import Batch, State, Step, init_state
+from tta_adapters.base import Batch, Calibrated, State, Step, init_state
 from tta_adapters.losses import entropy, weighted_mean
 from tta_adapters.methods import UnknownMethodError, UnknownOptionError, options_of
 from tta_adapters.methods.norm import Norm
@@ -18,6 +18,8 @@ from tta_adapters.methods.tent import Tent
 from tta_adapters.optim import Adam, Sgd
 from tta_adapters.select import SelectionError
 from tta_adapters.testing import MethodContractError
+
+COST_BATCH = 6
 
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     **{name: (name, {}) for name in METHODS},
@@ -37,6 +39,33 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
 def test_every_method_keeps_the_contract(variant: str) -> None:
     name, options = VARIANTS[variant]
     check_method(lambda adapter: make_method(name, adapter, options))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_method_costs_what_its_spec_and_its_docstring_say(variant: str) -> None:
+    name, options = VARIANTS[variant]
+    adapter = NormAdapter(resnet(), input_shape=(3, 16, 16))
+    method = make_method(name, adapter, options)
+    x = torch.rand(COST_BATCH, 3, 16, 16)
+    if isinstance(method, Calibrated):
+        method.calibrate([x])
+    theta, seen = adapter.source_theta(), 0
+
+    def count(_: object, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal seen
+        seen += len(inputs[0])
+
+    spec = method.spec
+    batch, state = Batch(x, torch.ones(len(x))), init_state(spec, theta)
+    anchor, rand = method.anchor(), torch.rand(spec.rand)
+    handle = adapter.module.register_forward_pre_hook(count)
+    method.step(batch, theta, state, anchor, spec.default_hyper(), rand)
+    handle.remove()
+    if spec.steps:
+        assert seen == spec.forwards * len(x)
+    if not options:
+        text = " ".join((METHODS[name].__doc__ or "").split()).replace("3 + ``views``", "35")
+        assert f"Forwards / backwards per sample: {spec.forwards:g} / {spec.backwards:g}." in text
 
 
 class Broken(Tent):

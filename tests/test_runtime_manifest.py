@@ -109,6 +109,21 @@ def test_round_trip_is_readable_and_stable(good):
     assert encode(shuffled) == data
 
 
+def test_the_cost_of_a_step_is_data(good):
+    """A bundle of an earlier version does not tell it, and says so."""
+    methods = good.methods
+    assert (methods["tent"].forwards, methods["tent"].backwards) == (1, 1)
+    assert methods["tent"].forward_equivalents == 3
+    assert methods["teacher"].forward_equivalents is None
+    value = json.loads(encode(good))
+    del value["methods"]["tent"]["forwards"], value["methods"]["tent"]["backwards"]
+    older = decode(json.dumps(value).encode())
+    manifest_check.check(older)
+    assert older.methods["tent"].forward_equivalents is None
+    free = msgspec.structs.replace(methods["tent"], forwards=0, backwards=0)
+    assert free.forward_equivalents == 0
+
+
 def test_too_large_is_refused_without_parsing():
     data = b"[" * (MAX_MANIFEST_BYTES + 1)
     with pytest.raises(ManifestTooLarge, match=str(MAX_MANIFEST_BYTES)):

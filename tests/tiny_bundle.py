@@ -143,6 +143,8 @@ def build(path: Path, *, dtype: str = "float32", fixed_batch: int | None = None)
                 report=["loss", "entropy", "accepted", "update_norm"],
                 batch=fixed_batch,
                 min_batch=2,
+                forwards=1.0,
+                backwards=1.0,
             ),
             "teacher": MethodSpec(
                 doc="A noisy student and its average.",

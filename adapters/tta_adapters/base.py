@@ -122,6 +122,8 @@ class MethodSpec:
         min_batch: smallest batch whose statistics mean anything to the method.
         serve_vector: what serves between steps: "theta", or "state:NAME" for a vector held in the state (a teacher).
         rand: number of uniform random numbers in [0, 1) the host must supply per step.
+        forwards: passes through the network for each sample of one step; None where the author does not say.
+        backwards: passes back through it, likewise.
     """
 
     name: str
@@ -135,6 +137,8 @@ class MethodSpec:
     min_batch: int = 1
     serve_vector: str = "theta"
     rand: int = 0
+    forwards: float | None = None
+    backwards: float | None = None
 
     def unpack_hyper(self, vector: Tensor) -> dict[str, Tensor]:
         """Names the entries of the hyper vector [H]; each value is a 0-d tensor."""

@@ -56,6 +56,8 @@ class RobustPseudoLabel:
             ),
             report=("loss", "update_norm"),
             min_batch=2,
+            forwards=1.0,
+            backwards=1.0,
         )
 
     def anchor(self) -> dict[str, Tensor]:

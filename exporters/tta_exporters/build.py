@@ -409,6 +409,8 @@ def _describe(name: str, spec: MethodSpec) -> manifest.MethodSpec:
         report=list(spec.report),
         min_batch=spec.min_batch,
         rand=spec.rand,
+        forwards=spec.forwards,
+        backwards=spec.backwards,
     )
 
 

@@ -43,9 +43,9 @@ def overview() -> str:
     """A table of all methods."""
     lines = ["| method | trains | F / B | source data | returns |", "|---|---|---|---|---|"]
     for name, constructor in METHODS.items():
-        facts = _facts(constructor)
+        facts, spec = _facts(constructor), example(name).spec
         lines.append(
-            f"| [{name}](#{name}) | {facts['Trained']} | {facts['Forwards / backwards per sample']} | "
+            f"| [{name}](#{name}) | {facts['Trained']} | {spec.forwards:g} / {spec.backwards:g} | "
             f"{facts['Needs source data']} | {facts['Returns']} |"
         )
     return "\n".join(lines)

@@ -133,6 +133,20 @@ class MethodSpec(Struct, frozen=True, kw_only=True):
     min_batch: Count = 1
     rand: Count = 0
     """How many uniforms in [0, 1) the host draws for a step."""
+    forwards: float | None = None
+    """Passes through the network for each sample of one step; None: whoever built the bundle did not say."""
+    backwards: float | None = None
+    """Passes back through it, likewise."""
+
+    @property
+    def forward_equivalents(self) -> float | None:
+        """What one step costs for each sample, in forward passes, a backward pass counted as two; None: not said.
+
+        An answer between steps is a forward pass more.
+        """
+        if self.forwards is None or self.backwards is None:
+            return None
+        return self.forwards + 2 * self.backwards
 
 
 class FileEntry(Struct, frozen=True, kw_only=True):

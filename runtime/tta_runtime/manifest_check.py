@@ -25,6 +25,7 @@ OUTPUT_BINDS = ("logits", "features", "theta", "state", "report")
 MAX_ELEMENTS = 1 << 40
 """Bound for any product of dimensions, so that sizes computed from a manifest stay ordinary numbers."""
 MAX_RAND = 1 << 24
+MAX_PASSES = 1e6
 MAX_HYPER = 3e38
 """A larger number is not a float32."""
 
@@ -186,6 +187,18 @@ def _check_method(manifest: Manifest, name: str, method: MethodSpec) -> None:
         method.rand <= MAX_RAND,
         ManifestInconsistent,
         f"{where}: rand is {method.rand}, the limit is {MAX_RAND}",
+    )
+    cost = (method.forwards, method.backwards)
+    _need(
+        cost == (None, None) or all(n is not None and 0 <= n <= MAX_PASSES for n in cost),
+        ManifestInconsistent,
+        f"{where}: forwards {method.forwards} and backwards {method.backwards}, expected both from 0 to "
+        f"{MAX_PASSES:g} or neither",
+    )
+    _need(
+        method.step is not None or cost in ((None, None), (0, 0)),
+        ManifestInconsistent,
+        f"{where}: there is no step to make {method.forwards} forwards and {method.backwards} backwards",
     )
     _distinct([s.name for s in method.state], f"{where}: state")
     _distinct([h.name for h in method.hyper], f"{where}: hyper")

@@ -77,6 +77,8 @@ class Cotta:
             min_batch=self._learner.min_batch,
             serve_vector="state:teacher",
             rand=adapter.trained + self._views * PARAMETERS + self._noise,
+            forwards=3.0 + self._views,
+            backwards=1.0,
         )
 
     def anchor(self) -> dict[str, Tensor]:

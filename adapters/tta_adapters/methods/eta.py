@@ -75,6 +75,8 @@ class Eta:
             ),
             report=REPORT,
             min_batch=self._learner.min_batch,
+            forwards=1.0,
+            backwards=1.0,
         )
 
     def anchor(self) -> dict[str, Tensor]:

@@ -52,6 +52,8 @@ class Lame:
             report=("entropy", "accepted", "changed"),
             trains=False,
             min_batch=self._neighbours,
+            forwards=1.0,
+            backwards=0.0,
         )
 
     def anchor(self) -> dict[str, Tensor]:

@@ -43,6 +43,8 @@ class Norm:
             ),
             report=("entropy", "accepted", "statistics_gap", "update_norm"),
             min_batch=1,
+            forwards=1.0,
+            backwards=0.0,
         )
 
     def anchor(self) -> dict[str, Tensor]:

@@ -67,6 +67,8 @@ class Roid:
             report=REPORT,
             min_batch=2,
             rand=PARAMETERS,
+            forwards=2.0,
+            backwards=2.0,
         )
 
     def anchor(self) -> dict[str, Tensor]:

@@ -74,6 +74,8 @@ class Sar:
             ),
             report=(*REPORT, "recovered"),
             min_batch=self._learner.min_batch,
+            forwards=2.0,
+            backwards=2.0,
         )
 
     def anchor(self) -> dict[str, Tensor]:

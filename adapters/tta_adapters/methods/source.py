@@ -13,12 +13,14 @@ from tta_adapters.base import Adapter, Batch, MethodSpec, State, Step
 class Source:
     """Serves theta as it is.
 
-    Trained: nothing. Forwards / backwards per sample: 1 / 0. Needs source data: no. Returns the logits of theta.
+    Trained: nothing. Forwards / backwards per sample: 0 / 0. Needs source data: no. Returns the logits of theta.
     """
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
-        self.spec = MethodSpec("source", "the frozen source model", trains=False, steps=False)
+        self.spec = MethodSpec(
+            "source", "the frozen source model", trains=False, steps=False, forwards=0.0, backwards=0.0
+        )
 
     def anchor(self) -> dict[str, Tensor]:
         """No anchor."""

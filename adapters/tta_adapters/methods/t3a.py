@@ -50,6 +50,8 @@ class T3a:
             ),
             report=("entropy", "accepted", "filled"),
             trains=False,
+            forwards=1.0,
+            backwards=0.0,
         )
 
     def anchor(self) -> dict[str, Tensor]:

@@ -48,6 +48,8 @@ class Tent:
             hyper=self._learner.hyper(lr, ema),
             report=REPORT,
             min_batch=self._learner.min_batch,
+            forwards=1.0,
+            backwards=1.0,
         )
 
     def anchor(self) -> dict[str, Tensor]:

@@ -58,6 +58,8 @@ class Zoa:
             report=("loss", "entropy", "accepted", "slope", "update_norm", "statistics_gap"),
             min_batch=2,
             rand=adapter.trained,
+            forwards=2.0,
+            backwards=0.0,
         )
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
