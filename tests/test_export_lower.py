@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tta_exporters import lower
-from tta_exporters.errors import OperatorNotSupported
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -67,22 +66,42 @@ def test_one_dimensional_convolution() -> None:
     torch.testing.assert_close(found, torch.autograd.grad(y, x, grad)[0])
 
 
-def test_weight_gradients_are_refused_by_name() -> None:
-    x, weight = random(2, 3, 5, 5), random(4, 3, 3, 3)
-    with pytest.raises(OperatorNotSupported, match="convolution_backward"):
-        lower.convolution_backward(
-            random(2, 4, 3, 3),
-            x,
-            weight,
-            None,
-            [1, 1],
-            [0, 0],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [False, True, False],
-        )
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "groups", "transposed"), CONVOLUTIONS)
+@pytest.mark.parametrize("size", [8, 9])
+@pytest.mark.parametrize("outputs", [4, 8, 12])
+def test_weight_gradient_of_a_convolution(
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    transposed: bool,
+    size: int,
+    outputs: int,
+) -> None:
+    """More output than input channels and fewer: the smaller side is laid out."""
+    x = random(3, 8, size, size + 1)
+    shape = (8, outputs // groups) if transposed else (outputs, 8 // groups)
+    weight = random(*shape, kernel, kernel, seed=1).requires_grad_(True)
+    arguments = ([stride] * 2, [padding] * 2, [dilation] * 2, transposed, [0, 0], groups)
+    y = torch.ops.aten.convolution(x, weight, None, *arguments)
+    grad = random(*y.shape, seed=2)
+    (expected,) = torch.autograd.grad(y, weight, grad)
+    found = lower.convolution_backward(
+        grad, x, weight.detach(), None, *arguments, output_mask=[False, True, False]
+    )
+    assert found[1] is not None
+    torch.testing.assert_close(found[1], expected)
+    assert found[0] is None
+    assert found[2] is None
+
+
+def test_weight_gradient_of_a_one_dimensional_convolution() -> None:
+    x, weight = random(2, 6, 9), random(3, 6, 3, seed=1).requires_grad_(True)
+    y = F.conv1d(x, weight, padding=2, stride=2)
+    grad = random(*y.shape, seed=2)
+    found = lower.weight_gradient(grad, x, [3], [2], [2], [1], 1)
+    torch.testing.assert_close(found, torch.autograd.grad(y, weight, grad)[0])
 
 
 @pytest.mark.parametrize(

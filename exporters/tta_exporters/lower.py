@@ -7,6 +7,7 @@ more than one operator lives in :mod:`tta_exporters.passes`.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -137,9 +138,9 @@ def convolution_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of a convolution by convolutions.
+    """Gradients of a convolution by convolutions and matrix products.
 
-    Input gradient: at stride 1 a plain convolution with flipped weights whose channels are exchanged (constants, so
+    Weight gradient: see :func:`weight_gradient`. Input gradient: at stride 1 a plain convolution with flipped weights whose channels are exchanged (constants, so
     the exchange happens once, when the bundle is built, and the runtime's fast path takes it); at larger strides a
     transposed convolution.
 
@@ -155,9 +156,6 @@ def convolution_backward(
         output_padding: see stride.
         groups: number of groups.
         output_mask: which of (input, weight, bias) gradients are asked for.
-
-    Raises:
-        OperatorNotSupported: a weight gradient is asked for and the adapter does not train convolution weights.
     """
     del bias_sizes, output_padding
     spatial = list(range(2, weight.dim()))
@@ -177,14 +175,107 @@ def convolution_backward(
             grad_input = torch.ops.aten.convolution(
                 grad, weight, None, stride, padding, dilation, True, extra, groups
             )
+    grad_weight = None
     if output_mask[1]:
-        raise OperatorNotSupported(
-            "aten.convolution_backward",
-            "",
-            "gradients of convolution weights are not trained by this adapter",
-        )
+        # A transposed convolution reads its gradient where a plain one reads its input, and the other way round.
+        ends = (x, grad) if transposed else (grad, x)
+        grad_weight = weight_gradient(*ends, list(weight.shape[2:]), stride, padding, dilation, groups)
     grad_bias = grad.sum([0, *spatial]) if output_mask[2] else None
-    return grad_input, None, grad_bias
+    return grad_input, grad_weight, grad_bias
+
+
+def weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Gradient of a convolution's weights: dW[o, i, k] = sum over n, p of grad[n, o, p] x[n, i, p * s + k * d - pad].
+
+    One matrix product between the images of the two sides, for all kernel positions k at once. The side with fewer
+    channels is laid out once for every k: the input as its strided windows, or (a low-rank branch makes few channels
+    of many) the output's gradient, spread and shifted, while the large input is read as it is.
+
+    Args:
+        grad: [N, O, ...], of the output.
+        x: [N, I, ...].
+        kernel: per spatial axis, as are stride, padding and dilation.
+        stride: see kernel.
+        padding: see kernel.
+        dilation: see kernel.
+        groups: number of groups.
+
+    Returns:
+        [O, I / groups, *kernel].
+    """
+    out_channels, in_channels = int(grad.shape[1]), int(x.shape[1])
+    offsets = list(itertools.product(*(range(k) for k in kernel)))
+    if groups == 1 and out_channels < in_channels and len(offsets) > 1:
+        shifted = _shifted_gradients(grad, list(x.shape[2:]), kernel, stride, padding, dilation)
+        products = torch.bmm(shifted.flatten(2), x.flatten(2).transpose(1, 2)).sum(0)
+        by_offset = products.reshape([len(offsets), out_channels, in_channels])
+        return by_offset.permute(1, 2, 0).reshape([out_channels, in_channels, *kernel])
+    windows = _windows(x, list(grad.shape[2:]), kernel, stride, padding, dilation)
+    count, positions = len(offsets), math.prod(grad.shape[2:])
+    outputs, inputs = out_channels // groups, in_channels // groups
+    left = grad.reshape([grad.shape[0] * groups, outputs, positions])
+    if groups > 1:
+        windows = windows.reshape([x.shape[0], count, groups, inputs, positions]).transpose(1, 2)
+    right = windows.reshape([x.shape[0] * groups, count * inputs, positions])
+    products = torch.bmm(left, right.transpose(1, 2))
+    products = products.reshape([x.shape[0], groups, outputs, count, inputs]).sum(0)
+    return products.transpose(2, 3).reshape([out_channels, inputs, *kernel])
+
+
+def _windows(
+    x: Tensor,
+    outputs: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """[N, K * I, *outputs]: for each kernel position the values that it meets."""
+    pad = [length for p in reversed(list(padding)) for length in (p, p)]
+    padded = constant_pad_nd(x, pad) if any(pad) else x
+    pieces = []
+    for offset in itertools.product(*(range(k) for k in kernel)):
+        piece = padded
+        for axis, (k, out, s, d) in enumerate(zip(offset, outputs, stride, dilation, strict=True), 2):
+            start, stop = k * d, k * d + (out - 1) * s + 1
+            if start or s > 1 or stop != piece.shape[axis]:
+                piece = torch.ops.aten.slice(piece, axis, start, stop, s)
+        pieces.append(piece)
+    return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+
+def _shifted_gradients(
+    grad: Tensor,
+    inputs: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """[N, K * O, *inputs]: for each kernel position the output's gradient where the input was that it met."""
+    spread, first = grad, []
+    for axis, (length, k, s, p, d) in enumerate(
+        zip(inputs, kernel, stride, padding, dilation, strict=True), 2
+    ):
+        spread = _spread(spread, axis, s)
+        before, after = max((k - 1) * d - p, 0), length + p - int(spread.shape[axis])
+        spread = constant_pad_nd(spread, [0, 0] * (grad.dim() - 1 - axis) + [before, after])
+        first.append(before + p)
+    pieces = []
+    for offset in itertools.product(*(range(k) for k in kernel)):
+        piece = spread
+        for axis, (k, length, start, d) in enumerate(zip(offset, inputs, first, dilation, strict=True), 2):
+            piece = piece.narrow(axis, start - k * d, length)
+        pieces.append(piece)
+    return torch.cat(pieces, dim=1)
 
 
 def _unit_stride_input_gradient(
