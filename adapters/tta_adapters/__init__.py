@@ -2,6 +2,7 @@
 
 from tta_adapters.base import Adapter, Batch, Forward, Hyper, Method, MethodSpec, State, StateSpec, Step
 from tta_adapters.methods import METHODS, make_method
+from tta_adapters.network import NetworkAdapter
 from tta_adapters.norm import NormAdapter
 from tta_adapters.testing import check_method
 
@@ -13,6 +14,7 @@ __all__ = [
     "Hyper",
     "Method",
     "MethodSpec",
+    "NetworkAdapter",
     "NormAdapter",
     "State",
     "StateSpec",

@@ -9,16 +9,17 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from tta_adapters.base import Forward, Hyper, State, StateSpec
-from tta_adapters.norm import NormAdapter, statistics_gap
+from tta_adapters.base import Forward, Hyper, State, StateSpec, Statistics
+from tta_adapters.network import NetworkAdapter
+from tta_adapters.norm import statistics_gap
 from tta_adapters.optim import optimiser
 
-StatisticsMode = Literal["batch", "running"]
+StatisticsMode = Literal["batch", "running", "ema", "renorm"]
 
 REPORT = ("loss", "entropy", "accepted", "grad_norm", "update_norm", "statistics_gap")
 """What every method that learns by gradient reports, in the order of :func:`report`."""
@@ -39,15 +40,18 @@ class Update(NamedTuple):
 
 
 class Learner:
-    """A norm adapter, an optimiser and the statistics that the network is trained under.
+    """An adapter, an optimiser and the statistics that the network is trained under.
 
     Args:
         name: of the method, for messages.
         adapter: whose theta is trained.
         optimizer: "sgd" or "adam".
         nesterov: Nesterov's form of SGD momentum.
-        statistics: "batch" normalises by the batch's own statistics, and the running ones in theta follow at the rate
-            ``ema``, so that the serving graph agrees with what the step learned under; "running" uses theta's.
+        statistics: what BatchNorms normalise by. "batch": the batch's own statistics, while the running ones in theta
+            follow at the rate ``ema``, so that the serving graph agrees with what the step learned under; "ema": the
+            running ones after they have followed, with the gradient through the batch's part (RoTTA); "renorm": the
+            running ones before they follow, with the gradient that the batch's own would have (CEMA, DELTA);
+            "running": theta's, which stay. Only "batch" needs batches whose statistics mean something.
         skip: shell patterns of theta's tensors, separated by spaces, that are not trained.
 
     Raises:
@@ -57,26 +61,28 @@ class Learner:
     def __init__(
         self,
         name: str,
-        adapter: NormAdapter,
+        adapter: NetworkAdapter,
         *,
         optimizer: str,
         nesterov: bool,
         statistics: StatisticsMode = "batch",
         skip: str = "",
     ) -> None:
-        if statistics not in ("batch", "running"):
-            raise ValueError(f"{name}.statistics is {statistics!r}: choose batch or running")
+        if statistics not in get_args(StatisticsMode):
+            raise ValueError(
+                f"{name}.statistics is {statistics!r}: choose {', '.join(get_args(StatisticsMode))}"
+            )
         self.adapter = adapter
         self.statistics = statistics
         self._optimiser = optimiser(optimizer, nesterov=nesterov)
         # The rate exists only where there is something to follow: a hyper entry without effect would be a lie.
-        self.follows = statistics == "batch" and adapter.has_running_statistics
+        self.follows = statistics != "running" and adapter.has_running_statistics
         self._mask = _mask(name, adapter, skip.split())
 
     @property
     def min_batch(self) -> int:
         """The smallest batch whose statistics mean anything."""
-        return 2 if self.follows else 1
+        return 2 if self.follows and self.statistics == "batch" else 1
 
     def hyper(self, lr: float, ema: float, **defaults: float) -> tuple[Hyper, ...]:
         """Settings of the optimiser, then the rate at which running statistics follow, where there are any.
@@ -97,10 +103,26 @@ class Learner:
         """The optimiser's arrays."""
         return self._optimiser.init(self.adapter.trained)
 
-    def forward(self, theta: Tensor, x: Tensor) -> tuple[dict[str, Tensor], Forward]:
-        """The named tensors of theta [P], trained ones as leaves, and one pass under the learner's statistics."""
+    def forward(
+        self, theta: Tensor, x: Tensor, setting: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Forward]:
+        """The named tensors of theta [P], trained ones as leaves, and one pass under the learner's statistics.
+
+        Args:
+            theta: [P].
+            x: [batch, ...].
+            setting: hyper values by name; the rate ``ema`` is read where statistics are "ema".
+        """
         tensors = self.adapter.unpack(theta)
-        return tensors, self.adapter.forward(tensors, x, statistics=self.statistics)
+        return tensors, self.run(tensors, x, setting)
+
+    def run(self, tensors: Mapping[str, Tensor], x: Tensor, setting: Mapping[str, Tensor]) -> Forward:
+        """As :meth:`forward`, with theta given by name: another pass that the same gradient goes through."""
+        mode = self.statistics
+        statistics: Statistics = (
+            (setting["ema"] if self.follows else "running") if mode == "ema" else mode
+        )
+        return self.adapter.forward(tensors, x, statistics=statistics)
 
     def masked(self, grad: Tensor) -> Tensor:
         """The gradient [T] with 0 where nothing is trained."""
@@ -175,7 +197,7 @@ def report(
     )
 
 
-def _mask(name: str, adapter: NormAdapter, patterns: list[str]) -> Tensor | None:
+def _mask(name: str, adapter: NetworkAdapter, patterns: list[str]) -> Tensor | None:
     """[T] of 1 for values that are trained and 0 for those that a pattern leaves out; None for no pattern."""
     if not patterns:
         return None

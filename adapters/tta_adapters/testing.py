@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tta_adapters.base import Batch, Calibrated, Method, State, Step, init_state
+from tta_adapters.network import NetworkAdapter
 from tta_adapters.norm import NormAdapter
 
 SHARPNESS = {"batch": 40.0, "group": 15.0, "layer": 50.0, "rms": 50.0}
 """Factors on the small networks' classifiers: mean entropies between 0.1 and 0.4 of ln C."""
 
-MakeMethod = Callable[[NormAdapter], Method]
+MakeMethod = Callable[[NetworkAdapter], Method]
 
 
 class MethodContractError(AssertionError):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tta_adapters.base import Batch, Calibrated, Method, MethodSpec, State, init_state
 from tta_adapters.methods import OptionValue, UnknownMethodError, UnknownOptionError, make_method
+from tta_adapters.network import NetworkAdapter
 from tta_adapters.norm import NormAdapter
 from tta_adapters.select import SelectionError
 from tta_exporters.emit import emit
@@ -123,12 +124,12 @@ class Built:
 
     path: Path
     manifest: manifest.Manifest
-    adapter: NormAdapter
+    adapter: NetworkAdapter
     methods: Mapping[str, Method]
     options: BuildOptions
 
 
-def prepare(network: nn.Module, options: BuildOptions) -> tuple[NormAdapter, dict[str, Method]]:
+def prepare(network: nn.Module, options: BuildOptions) -> tuple[NetworkAdapter, dict[str, Method]]:
     """The adapter and the methods of a build, checked against the network.
 
     Raises:
@@ -143,7 +144,7 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NormAdapter, dic
             f"{len(options.class_names)} class names for {options.classes} classes", "Give one for each class"
         )
     try:
-        adapter = NormAdapter(
+        adapter: NetworkAdapter = NormAdapter(
             network,
             include=options.include,
             exclude=options.exclude,
@@ -208,7 +209,7 @@ def settings_key(entry: str) -> str:
     return entry.rpartition(":")[2]
 
 
-def _method(entry: str, adapter: NormAdapter, options: BuildOptions) -> tuple[str, Method]:
+def _method(entry: str, adapter: NetworkAdapter, options: BuildOptions) -> tuple[str, Method]:
     file, separator, name = entry.rpartition(":")
     constructor = cast("Callable[..., Method]", load_attribute(Path(file), name)) if separator else name
     try:
@@ -273,7 +274,7 @@ def build(network: nn.Module, options: BuildOptions, out: Path, *, progress: Pro
     return Built(out, sealed, adapter, methods, options)
 
 
-def _check_finite(adapter: NormAdapter) -> None:
+def _check_finite(adapter: NetworkAdapter) -> None:
     tensors = {**dict(adapter.module.named_parameters()), **adapter.unpack(adapter.source_theta())}
     spoilt = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if spoilt:
@@ -283,7 +284,7 @@ def _check_finite(adapter: NormAdapter) -> None:
         )
 
 
-def _check_logits(adapter: NormAdapter, options: BuildOptions) -> None:
+def _check_logits(adapter: NetworkAdapter, options: BuildOptions) -> None:
     x = options.input.example(EXAMPLE_BATCH)
     try:
         with torch.no_grad():
@@ -310,7 +311,7 @@ def _check_logits(adapter: NormAdapter, options: BuildOptions) -> None:
 
 
 def _write(
-    adapter: NormAdapter,
+    adapter: NetworkAdapter,
     methods: Mapping[str, Method],
     options: BuildOptions,
     work: Path,
@@ -415,7 +416,7 @@ def _describe(name: str, spec: MethodSpec) -> manifest.MethodSpec:
 
 
 def _forward_graph(
-    adapter: NormAdapter, options: BuildOptions, work: Path, weights: WeightsWriter
+    adapter: NetworkAdapter, options: BuildOptions, work: Path, weights: WeightsWriter
 ) -> manifest.Graph:
     def forward(x: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -434,7 +435,7 @@ def _forward_graph(
 
 def _step_graph(
     name: str,
-    adapter: NormAdapter,
+    adapter: NetworkAdapter,
     method: Method,
     options: BuildOptions,
     work: Path,
@@ -496,7 +497,7 @@ def _compile(
     arguments: Sequence[Argument],
     outputs: Sequence[str],
     binds: Sequence[tuple[str, str]],
-    adapter: NormAdapter,
+    adapter: NetworkAdapter,
     work: Path,
     weights: WeightsWriter,
 ) -> manifest.Graph:

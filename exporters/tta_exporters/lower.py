@@ -140,9 +140,9 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution by convolutions and matrix products.
 
-    Weight gradient: see :func:`weight_gradient`. Input gradient: at stride 1 a plain convolution with flipped weights whose channels are exchanged (constants, so
-    the exchange happens once, when the bundle is built, and the runtime's fast path takes it); at larger strides a
-    transposed convolution.
+    Weight gradient: see :func:`weight_gradient`. Input gradient: at stride 1 a plain convolution with flipped
+    weights whose channels are exchanged (constants, so the exchange happens once, when the bundle is built, and the
+    runtime's fast path takes it); at larger strides a transposed convolution.
 
     Args:
         grad: [N, O, ...].

@@ -18,7 +18,7 @@ from tta_adapters.methods.source import Source
 from tta_adapters.methods.t3a import T3a
 from tta_adapters.methods.tent import Tent
 from tta_adapters.methods.zoa import Zoa
-from tta_adapters.norm import NormAdapter
+from tta_adapters.network import NetworkAdapter
 from tta_adapters.select import SelectionError
 
 METHODS: Mapping[str, Callable[..., Method]] = {
@@ -66,7 +66,7 @@ def options_of(method: str | Callable[..., Method]) -> dict[str, OptionValue]:
 
 def make_method(
     method: str | Callable[..., Method],
-    adapter: NormAdapter,
+    adapter: NetworkAdapter,
     options: Mapping[str, OptionValue] | None = None,
 ) -> Method:
     """Builds a method over an adapter.

@@ -11,7 +11,7 @@ from tta_adapters.augment import COTTA, PARAMETERS, augment, normal_field
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
 from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import cross_entropy, entropy, symmetric_cross_entropy, weighted_mean
-from tta_adapters.norm import NormAdapter
+from tta_adapters.network import NetworkAdapter
 
 
 class Cotta:
@@ -35,7 +35,7 @@ class Cotta:
 
     def __init__(
         self,
-        adapter: NormAdapter,
+        adapter: NetworkAdapter,
         *,
         optimizer: str = "adam",
         nesterov: bool = True,
@@ -98,14 +98,14 @@ class Cotta:
         setting = self.spec.unpack_hyper(hyper)
         trained = self.adapter.trained
         with torch.no_grad():
-            source = self._logits(anchor["theta0"], batch.x)
+            source = self._logits(anchor["theta0"], batch.x, setting)
             confidence = weighted_mean(source.softmax(1).amax(1), batch.weight)
-            target = self._logits(state["teacher"], batch.x)
+            target = self._logits(state["teacher"], batch.x, setting)
             if self._views:
-                mean = self._mean_over_views(state["teacher"], batch.x, rand[trained:])
+                mean = self._mean_over_views(state["teacher"], batch.x, rand[trained:], setting)
                 target = torch.where(confidence < setting["confidence"], mean, target)
         with torch.enable_grad():
-            tensors, out = self._learner.forward(theta, batch.x)
+            tensors, out = self._learner.forward(theta, batch.x, setting)
             distance = symmetric_cross_entropy if self._symmetric else cross_entropy
             loss = weighted_mean(distance(out.logits, target), batch.weight)
             grad = gradient(loss, self.adapter, tensors)
@@ -127,10 +127,12 @@ class Cotta:
         )
         return Step(target, proposed, {**new.state, "teacher": teacher}, figures)
 
-    def _logits(self, theta: Tensor, x: Tensor) -> Tensor:
-        return self._learner.forward(theta, x)[1].logits
+    def _logits(self, theta: Tensor, x: Tensor, setting: Mapping[str, Tensor]) -> Tensor:
+        return self._learner.forward(theta, x, setting)[1].logits
 
-    def _mean_over_views(self, theta: Tensor, x: Tensor, rand: Tensor) -> Tensor:
+    def _mean_over_views(
+        self, theta: Tensor, x: Tensor, rand: Tensor, setting: Mapping[str, Tensor]
+    ) -> Tensor:
         unit = self.adapter.to_unit(x)
         draws, noise = rand[: self._views * PARAMETERS], rand[self._views * PARAMETERS :]
         field = normal_field(noise, self._image)
@@ -138,5 +140,5 @@ class Cotta:
         for k in range(self._views):
             shifted = field.roll((3 * k, 7 * k), dims=(1, 2))
             view = augment(unit, draws[k * PARAMETERS : (k + 1) * PARAMETERS], COTTA, shifted)
-            total = total + self._logits(theta, self.adapter.from_unit(view))
+            total = total + self._logits(theta, self.adapter.from_unit(view), setting)
         return total / self._views

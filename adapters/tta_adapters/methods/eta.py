@@ -12,7 +12,7 @@ from torch import Tensor
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
 from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import entropy, weighted_mean
-from tta_adapters.norm import NormAdapter
+from tta_adapters.network import NetworkAdapter
 from tta_adapters.select_samples import follow_average, novel, reliable
 
 
@@ -39,7 +39,7 @@ class Eta:
 
     def __init__(
         self,
-        adapter: NormAdapter,
+        adapter: NetworkAdapter,
         *,
         optimizer: str = "sgd",
         nesterov: bool = False,
@@ -96,7 +96,7 @@ class Eta:
         setting = self.spec.unpack_hyper(hyper)
         classes = self.adapter.classes
         with torch.enable_grad():
-            tensors, out = self._learner.forward(theta, batch.x)
+            tensors, out = self._learner.forward(theta, batch.x, setting)
             per_sample = entropy(out.logits)
             fixed, probabilities = per_sample.detach(), out.logits.detach().softmax(1)
             taken = (
@@ -142,7 +142,7 @@ class Eata(Eta):
 
     def __init__(
         self,
-        adapter: NormAdapter,
+        adapter: NetworkAdapter,
         *,
         optimizer: str = "sgd",
         nesterov: bool = False,
@@ -176,10 +176,11 @@ class Eata(Eta):
             ValueError: there is no batch.
         """
         theta = self.adapter.source_theta().to(self.adapter.dtype)
+        setting = self.spec.unpack_hyper(self.spec.default_hyper().to(theta.dtype))
         total, count = torch.zeros(self.adapter.trained, dtype=theta.dtype), 0
         for x in batches:
             with torch.enable_grad():
-                tensors, out = self._learner.forward(theta, x)
+                tensors, out = self._learner.forward(theta, x, setting)
                 loss = F.cross_entropy(out.logits, out.logits.detach().argmax(1))
                 grad = gradient(loss, self.adapter, tensors)
             total, count = total + grad * grad, count + 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, Step
 from tta_adapters.losses import entropy
-from tta_adapters.norm import NormAdapter
+from tta_adapters.network import NetworkAdapter
 
 TINY = 1e-10  # keeps the logarithm of a probability that rounds to 0 finite
 
@@ -33,7 +33,7 @@ class Lame:
 
     def __init__(
         self,
-        adapter: NormAdapter,
+        adapter: NetworkAdapter,
         *,
         neighbours: float = 5.0,
         iterations: float = 50.0,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, Step
 from tta_adapters.losses import entropy
-from tta_adapters.norm import NormAdapter, statistics_gap
+from tta_adapters.network import NetworkAdapter
+from tta_adapters.norm import statistics_gap
 from tta_adapters.select import SelectionError
 
 
@@ -27,7 +28,7 @@ class Norm:
     2020, section 3; Nado et al., Evaluating Prediction-Time Batch Normalization, 2020.
     """
 
-    def __init__(self, adapter: NormAdapter, *, blend: float = 1.0, ema: float = 0.1) -> None:
+    def __init__(self, adapter: NetworkAdapter, *, blend: float = 1.0, ema: float = 0.1) -> None:
         if not adapter.has_running_statistics:
             raise SelectionError(
                 "method norm moves BatchNorm statistics and this network has none: "

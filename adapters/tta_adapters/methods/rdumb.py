@@ -11,7 +11,7 @@ from torch import Tensor
 from tta_adapters.base import Batch, Hyper, State, StateSpec, Step, init_state
 from tta_adapters.learner import StatisticsMode
 from tta_adapters.methods.eta import Eta
-from tta_adapters.norm import NormAdapter
+from tta_adapters.network import NetworkAdapter
 
 
 class Rdumb(Eta):
@@ -31,7 +31,7 @@ class Rdumb(Eta):
 
     def __init__(
         self,
-        adapter: NormAdapter,
+        adapter: NetworkAdapter,
         *,
         optimizer: str = "sgd",
         nesterov: bool = False,

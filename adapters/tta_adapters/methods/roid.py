@@ -11,7 +11,7 @@ from tta_adapters.augment import PARAMETERS, ROID, augment
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
 from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import entropy, soft_likelihood_ratio, symmetric_cross_entropy, weighted_mean
-from tta_adapters.norm import NormAdapter
+from tta_adapters.network import NetworkAdapter
 
 DECAY = 0.9  # of the running mean prediction
 SHARPNESS = 3.0  # of the sample weights: one over the published temperature
@@ -39,7 +39,7 @@ class Roid:
 
     def __init__(
         self,
-        adapter: NormAdapter,
+        adapter: NetworkAdapter,
         *,
         optimizer: str = "sgd",
         nesterov: bool = True,
@@ -90,8 +90,8 @@ class Roid:
         with torch.no_grad():
             view = self.adapter.from_unit(augment(self.adapter.to_unit(batch.x), rand, ROID))
         with torch.enable_grad():
-            tensors, out = self._learner.forward(theta, batch.x)
-            other = self.adapter.forward(tensors, view, statistics=self._learner.statistics)
+            tensors, out = self._learner.forward(theta, batch.x, setting)
+            other = self._learner.run(tensors, view, setting)
             present = (batch.weight > 0).to(theta.dtype)
             uniform = torch.full_like(state["average"], 1.0 / classes)
             average = torch.where(state["known"] > 0, state["average"], uniform)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient, initial
 from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import entropy, weighted_mean
-from tta_adapters.norm import NormAdapter
+from tta_adapters.network import NetworkAdapter
 from tta_adapters.select_samples import reliable
 
 
@@ -40,7 +40,7 @@ class Sar:
 
     def __init__(
         self,
-        adapter: NormAdapter,
+        adapter: NetworkAdapter,
         *,
         optimizer: str = "sgd",
         nesterov: bool = False,
@@ -95,14 +95,14 @@ class Sar:
         setting = self.spec.unpack_hyper(hyper)
         classes, trained = self.adapter.classes, self.adapter.trained
         with torch.enable_grad():
-            tensors, out = self._learner.forward(theta, batch.x)
+            tensors, out = self._learner.forward(theta, batch.x, setting)
             first = entropy(out.logits)
             taken = batch.weight * reliable(first.detach(), setting["margin"], classes)
             up = self._learner.masked(gradient(weighted_mean(first, taken), self.adapter, tensors))
         climb = setting["rho"] * up / (torch.linalg.vector_norm(up) + 1e-12)
         with torch.enable_grad():
             climbed = torch.cat([theta[:trained] + climb, theta[trained:]])
-            tensors, worst = self._learner.forward(climbed, batch.x)
+            tensors, worst = self._learner.forward(climbed, batch.x, setting)
             second = entropy(worst.logits)
             kept = taken * reliable(second.detach(), setting["margin"], classes)
             loss = weighted_mean(second, kept)

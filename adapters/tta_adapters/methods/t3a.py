@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tta_adapters.base import Batch, MethodSpec, State, StateSpec, Step
 from tta_adapters.losses import entropy
-from tta_adapters.norm import NormAdapter
+from tta_adapters.network import NetworkAdapter
 from tta_adapters.select import SelectionError
 
 EMPTY = 1e4
@@ -30,7 +30,7 @@ class T3a:
     NeurIPS 2021, eq. 4 to 6.
     """
 
-    def __init__(self, adapter: NormAdapter, *, supports: float = 20.0) -> None:
+    def __init__(self, adapter: NetworkAdapter, *, supports: float = 20.0) -> None:
         if supports < 1 or supports != int(supports):
             raise ValueError(f"t3a.supports is {supports:g}: a whole number from 1")
         weight = adapter.head_weight()

@@ -10,7 +10,7 @@ from torch import Tensor
 from tta_adapters.base import Batch, MethodSpec, State, Step, gradient
 from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import entropy, weighted_mean
-from tta_adapters.norm import NormAdapter
+from tta_adapters.network import NetworkAdapter
 
 
 class Tent:
@@ -29,7 +29,7 @@ class Tent:
 
     def __init__(
         self,
-        adapter: NormAdapter,
+        adapter: NetworkAdapter,
         *,
         optimizer: str = "sgd",
         nesterov: bool = True,
@@ -68,7 +68,7 @@ class Tent:
         """The paper's loop body: predict, entropy, one step; the prediction is the one made before the step."""
         setting = self.spec.unpack_hyper(hyper)
         with torch.enable_grad():
-            tensors, out = self._learner.forward(theta, batch.x)
+            tensors, out = self._learner.forward(theta, batch.x, setting)
             per_sample = entropy(out.logits)
             loss = weighted_mean(per_sample, batch.weight)
             grad = gradient(loss, self.adapter, tensors)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tta_adapters.base import Batch, Forward, Hyper, MethodSpec, State, Step
 from tta_adapters.learner import Learner, StatisticsMode
 from tta_adapters.losses import entropy, weighted_mean
-from tta_adapters.norm import NormAdapter
+from tta_adapters.network import NetworkAdapter
 
 
 class Zoa:
@@ -32,7 +32,7 @@ class Zoa:
 
     def __init__(
         self,
-        adapter: NormAdapter,
+        adapter: NetworkAdapter,
         *,
         lr: float = 5e-4,
         ema: float = 0.1,
@@ -108,8 +108,8 @@ class Zoa:
             size = 0.5 + (rand - 0.5 * upper.to(rand.dtype))
             direction = self._learner.masked(torch.where(upper, size, -size))
             aside = torch.cat([theta[:trained] + setting["reach"] * direction, theta[trained:]])
-            _, out = self._learner.forward(theta, batch.x)
-            _, moved = self._learner.forward(aside, batch.x)
+            _, out = self._learner.forward(theta, batch.x, setting)
+            _, moved = self._learner.forward(aside, batch.x, setting)
             here = self._loss(out, batch.weight, anchor, setting)
             there = self._loss(moved, batch.weight, anchor, setting)
             slope = (there - here) / setting["reach"]
