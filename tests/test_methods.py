@@ -12,10 +12,11 @@ from networks import group_norm, resnet
 from tta_adapters import METHODS, NormAdapter, check_method, make_method
 from tta_adapters.base import Batch, Calibrated, State, Step, init_state
 from tta_adapters.losses import entropy, weighted_mean
-from tta_adapters.methods import UnknownMethodError, UnknownOptionError, options_of
+from tta_adapters.methods import UnknownMethodError, options_of
 from tta_adapters.methods.norm import Norm
 from tta_adapters.methods.tent import Tent
 from tta_adapters.optim import Adam, Sgd
+from tta_adapters.options import UnknownOptionError
 from tta_adapters.select import SelectionError
 from tta_adapters.testing import MethodContractError
 
@@ -26,6 +27,8 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "tent adam": ("tent", {"optimizer": "adam"}),
     "tent plain momentum": ("tent", {"nesterov": "false"}),
     "tent running": ("tent", {"statistics": "running"}),
+    "tent ema": ("tent", {"statistics": "ema"}),
+    "eta renorm": ("eta", {"statistics": "renorm"}),
     "norm alpha": ("norm", {"blend": "0.1", "ema": "0.05"}),
     "eta adam": ("eta", {"optimizer": "adam"}),
     "sar running": ("sar", {"statistics": "running", "margin": "1"}),
@@ -232,7 +235,7 @@ def test_an_unknown_method_is_answered_with_the_nearest() -> None:
         ({"lr": "fast"}, "not a number"),
         ({"nesterov": "maybe"}, "not true or false"),
         ({"optimizer": "rmsprop"}, "choose sgd or adam"),
-        ({"statistics": "none"}, "choose batch or running"),
+        ({"statistics": "none"}, "choose batch, running, ema, renorm"),
     ],
 )
 def test_a_bad_option_is_refused_with_its_value(options: dict[str, str], complaint: str) -> None:

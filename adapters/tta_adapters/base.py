@@ -185,9 +185,10 @@ class Adapter(Protocol):
         ...
 
 
-Statistics = Literal["running", "batch"] | Tensor
+Statistics = Literal["running", "batch", "renorm"] | Tensor
 """Which mean and variance normalisation layers with running statistics use: those in theta ("running"), the
-batch's own ("batch"), or (1 - a) * running + a * batch for a 0-d tensor a."""
+batch's own ("batch"), those in theta with the gradient that the batch's own would have ("renorm"), or
+(1 - a) * running + a * batch for a 0-d tensor a."""
 
 
 @runtime_checkable

@@ -119,9 +119,7 @@ class Learner:
     def run(self, tensors: Mapping[str, Tensor], x: Tensor, setting: Mapping[str, Tensor]) -> Forward:
         """As :meth:`forward`, with theta given by name: another pass that the same gradient goes through."""
         mode = self.statistics
-        statistics: Statistics = (
-            (setting["ema"] if self.follows else "running") if mode == "ema" else mode
-        )
+        statistics: Statistics = (setting["ema"] if self.follows else "running") if mode == "ema" else mode
         return self.adapter.forward(tensors, x, statistics=statistics)
 
     def masked(self, grad: Tensor) -> Tensor:

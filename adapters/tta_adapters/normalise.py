@@ -38,10 +38,8 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        axes, shape = _channel_axes(x), channel_shape(x)
-        mean = x.mean(axes, keepdim=True)
-        centred = x - mean
-        var = (centred * centred).mean(axes, keepdim=True)
+        shape = channel_shape(x)
+        mean, centred, var = _centred(x)
         rstd = torch.rsqrt(var + eps)
         scale = weight.reshape(shape) * rstd
         y = centred * scale + bias.reshape(shape)
@@ -56,10 +54,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, dy: Tensor, *_: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         centred, rstd, scale = ctx.saved_tensors
-        axes = _channel_axes(dy)
-        count = dy.shape[0] * math.prod(dy.shape[2:])
-        mean_dy = dy.mean(axes, keepdim=True)
-        mean_dot = (dy * centred).mean(axes, keepdim=True)
+        mean_dy, mean_dot, count = _reduced(dy, centred)
         dweight = (mean_dot * rstd).reshape(-1) * count
         dbias = mean_dy.reshape(-1) * count
         dx = None
@@ -68,6 +63,109 @@ class _BatchNorm(torch.autograd.Function):
             # In this order a factor and a shift per channel stand together, which compiles to one pass.
             dx = (dy * scale + -(scale * mean_dy)) - centred * (scale * rstd * rstd * mean_dot)
         return dx, dweight, dbias, None
+
+
+class _BlendedNorm(torch.autograd.Function):
+    """Batch normalisation by (1 - a) * running + a * batch statistics: -> (y, batch mean, batch variance).
+
+    With c = x - batch mean, e = x - the mean used, r = 1 / sqrt(var used + eps), s = weight * r and means over all
+    axes but the channel: dx = s * dy - a * s * mean(dy) - c * (a * s * r^2 * mean(dy * e)). With a = 1 it is batch
+    normalisation.
+
+    Source: Yuan et al., Robust Test-Time Adaptation in Dynamic Scenarios, CVPR 2023, section 3.2 (robust batch
+    normalization); the derivative follows from it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        share: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = channel_shape(x)
+        own_mean, centred, own_var = _centred(x)
+        aside = (1 - share) * (own_mean - mean.reshape(shape))
+        used = (1 - share) * var.reshape(shape) + share * own_var
+        rstd = torch.rsqrt(used + eps)
+        scale = weight.reshape(shape) * rstd
+        y = centred * scale + (aside * scale + bias.reshape(shape))
+        ctx.save_for_backward(centred, rstd, scale, aside, share)
+        own_mean, own_var = own_mean.reshape(-1), own_var.reshape(-1)
+        ctx.mark_non_differentiable(own_mean, own_var)
+        return y, own_mean, own_var
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
+    def backward(
+        ctx: Any, dy: Tensor, *_: Tensor | None
+    ) -> tuple[Tensor | None, None, None, Tensor, Tensor, None, None]:
+        centred, rstd, scale, aside, share = ctx.saved_tensors
+        mean_dy, mean_dot, count = _reduced(dy, centred)
+        dot = mean_dot + aside * mean_dy
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy * scale + -(share * scale * mean_dy)) - centred * (share * scale * rstd * rstd * dot)
+        return dx, None, None, (dot * rstd).reshape(-1) * count, mean_dy.reshape(-1) * count, None, None
+
+
+class _Renorm(torch.autograd.Function):
+    """Batch renormalisation, the value by running statistics: -> (y, batch mean, batch variance).
+
+    y = weight * ((x - batch mean) / batch std * r + d) + bias with r = batch std / running std and d = (batch mean -
+    running mean) / running std held constant. With s = weight / running std and q = 1 / batch variance:
+    dx = s * dy - s * mean(dy) - c * (s * q * mean(dy * c)).
+
+    Source: Ioffe, Batch Renormalization, NeurIPS 2017, algorithm 1; at test time: Zhao et al., DELTA, ICLR 2023, eq. 4.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = channel_shape(x)
+        own_mean, centred, own_var = _centred(x)
+        aside = own_mean - mean.reshape(shape)
+        rstd = torch.rsqrt(var + eps).reshape(shape)
+        own_rstd = torch.rsqrt(own_var + eps)
+        scale = weight.reshape(shape) * rstd
+        y = centred * scale + (aside * scale + bias.reshape(shape))
+        ctx.save_for_backward(centred, rstd, own_rstd, scale, aside)
+        own_mean, own_var = own_mean.reshape(-1), own_var.reshape(-1)
+        ctx.mark_non_differentiable(own_mean, own_var)
+        return y, own_mean, own_var
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
+    def backward(
+        ctx: Any, dy: Tensor, *_: Tensor | None
+    ) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        centred, rstd, own_rstd, scale, aside = ctx.saved_tensors
+        mean_dy, mean_dot, count = _reduced(dy, centred)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy * scale + -(scale * mean_dy)) - centred * (scale * own_rstd * own_rstd * mean_dot)
+        dot = mean_dot + aside * mean_dy
+        return dx, None, None, (dot * rstd).reshape(-1) * count, mean_dy.reshape(-1) * count, None
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, x - mean and biased variance over all axes but the channel, which are kept as axes of length 1."""
+    axes = _channel_axes(x)
+    mean = x.mean(axes, keepdim=True)
+    centred = x - mean
+    return mean, centred, (centred * centred).mean(axes, keepdim=True)
+
+
+def _reduced(dy: Tensor, centred: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean of dy and of dy * centred over all axes but the channel, and over how many values they go."""
+    axes = _channel_axes(dy)
+    count = dy.shape[0] * math.prod(dy.shape[2:])
+    return dy.mean(axes, keepdim=True), (dy * centred).mean(axes, keepdim=True), count
 
 
 class _Standardise(torch.autograd.Function):
@@ -113,12 +211,40 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     return _BatchNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def blended_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, share: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalises by (1 - share) * running + share * batch statistics; y's gradient flows through the batch's part.
+
+    Args:
+        x: [N, C] or [N, C, ...] float32.
+        mean: [C], running; no gradient.
+        var: [C], running; no gradient.
+        weight: [C].
+        bias: [C].
+        share: 0-d, of the batch; no gradient.
+        eps: added to the variance.
+
+    Returns:
+        y like x, the batch's mean [C] and biased variance [C], without a gradient.
+    """
+    return _BlendedNorm.apply(x, mean, var, weight, bias, share, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def renorm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalises by running statistics, with the gradient of batch normalisation.
+
+    Args and returns as :func:`blended_norm`.
+    """
+    return _Renorm.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [C] and biased variance [C] of ``x`` [N, C, ...] over all axes but the channel."""
-    axes = _channel_axes(x)
-    mean = x.mean(axes, keepdim=True)
-    centred = x - mean
-    return mean.reshape(-1), (centred * centred).mean(axes)
+    mean, _, var = _centred(x)
+    return mean.reshape(-1), var.reshape(-1)
 
 
 def scale_shift(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -95,7 +95,16 @@ class Tape(TorchFunctionMode):
             return normalise.scale_shift(x, running_mean, running_var, weight, bias, eps)
         layer = self._layer_of[id(running_mean)]
         if isinstance(self._statistics, str):
-            y, mean, var = normalise.batch_norm(x, weight, bias, eps)
+            if self._statistics == "batch":
+                y, mean, var = normalise.batch_norm(x, weight, bias, eps)
+            else:
+                y, mean, var = normalise.renorm(x, running_mean, running_var, weight, bias, eps)
+            self.recorded[layer] = (mean, var)
+            return y
+        if _wants_gradient(x, weight, bias):
+            y, mean, var = normalise.blended_norm(
+                x, running_mean, running_var, weight, bias, self._statistics, eps
+            )
             self.recorded[layer] = (mean, var)
             return y
         mean, var = normalise.moments(x)

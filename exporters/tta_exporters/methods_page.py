@@ -15,15 +15,16 @@ import torch
 from torch import nn
 
 from tta_adapters.base import Calibrated, Method, MethodSpec
-from tta_adapters.methods import METHODS, OptionValue, make_method, options_of
+from tta_adapters.methods import METHODS, make_method, options_of
 from tta_adapters.norm import NormAdapter
+from tta_adapters.options import OptionValue
 
 BEGIN, END = "<!-- methods: made by python -m tta_exporters.methods_page -->", "<!-- end: methods -->"
 
 OPTION_DOCS = {
     "optimizer": "`sgd` or `adam`",
     "nesterov": "Nesterov's form of SGD momentum",
-    "statistics": "normalise by `batch` statistics, or by the `running` ones of theta",
+    "statistics": "`batch`, `ema`, `renorm` or `running`, see above",
     "skip": "tensors that are not trained, as patterns separated by spaces",
     "views": "random views of which the teacher's mean is taken",
     "loss": "`ce`, or `sce` for the symmetric form",
