@@ -4,9 +4,11 @@ from tta_adapters.base import Adapter, Batch, Forward, Hyper, Method, MethodSpec
 from tta_adapters.methods import METHODS, make_method
 from tta_adapters.network import NetworkAdapter
 from tta_adapters.norm import NormAdapter
+from tta_adapters.shelf import ADAPTERS, make_adapter
 from tta_adapters.testing import check_method
 
 __all__ = [
+    "ADAPTERS",
     "METHODS",
     "Adapter",
     "Batch",
@@ -20,5 +22,6 @@ __all__ = [
     "StateSpec",
     "Step",
     "check_method",
+    "make_adapter",
     "make_method",
 ]

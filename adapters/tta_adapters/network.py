@@ -16,6 +16,10 @@ from tta_adapters.tape import Tape, join
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
+class TensorsDoNotFit(ValueError):
+    """Tensors whose names or shapes are not those that an adapter trains."""
+
+
 class NetworkAdapter:
     """Base of the adapters: theta = the tensors a subclass trains, then the running statistics of all BatchNorms.
 
@@ -76,6 +80,30 @@ class NetworkAdapter:
         for kind, attribute in (("mean", "running_mean"), ("var", "running_var")):
             for name, module in self._batch_norms.items():
                 self._add(join(name, attribute), kind, getattr(module, attribute), trained=False)
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replaces the values that the trained tensors start from, before the adapter is used.
+
+        Args:
+            tensors: exactly the trained ones, by name.
+
+        Raises:
+            TensorsDoNotFit: a name is missing or unknown, a shape differs; nothing is replaced.
+        """
+        wanted = {entry.name: entry.shape for entry in self.tensors if entry.trained}
+        missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+        if missing or unknown:
+            raise TensorsDoNotFit(
+                f"{len(missing)} tensors of adapter {self.name} missing ({', '.join(sorted(missing)[:2])}), "
+                f"{len(unknown)} unknown ({', '.join(sorted(unknown)[:2])})"
+            )
+        for name, shape in wanted.items():
+            if tuple(tensors[name].shape) != shape:
+                raise TensorsDoNotFit(
+                    f"tensor {name} is {list(tensors[name].shape)}, adapter {self.name} has {list(shape)}"
+                )
+        for name in wanted:
+            self._source[name] = tensors[name].detach().to(torch.float32).clone()
 
     @property
     def size(self) -> int:

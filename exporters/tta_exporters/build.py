@@ -20,12 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from tta_adapters.base import Batch, Calibrated, Method, MethodSpec, State, init_state
-from tta_adapters.methods import OptionValue, UnknownMethodError, UnknownOptionError, make_method
-from tta_adapters.network import NetworkAdapter
-from tta_adapters.norm import NormAdapter
+from tta_adapters.methods import UnknownMethodError, make_method
+from tta_adapters.network import NetworkAdapter, TensorsDoNotFit
+from tta_adapters.options import OptionValue, UnknownOptionError
 from tta_adapters.select import SelectionError
+from tta_adapters.shelf import UnknownAdapterError, make_adapter
 from tta_exporters.emit import emit
-from tta_exporters.errors import NetworkRefused, OptionError, OutputExists, OutputUnwritable, in_one_line
+from tta_exporters.errors import (
+    NetworkRefused,
+    OptionError,
+    OutputExists,
+    OutputUnwritable,
+    WeightsDoNotFit,
+    in_one_line,
+)
 from tta_exporters.preprocess import Preprocess
 from tta_exporters.sources import load_attribute
 from tta_exporters.trace import EXAMPLE_BATCH, Argument, trace
@@ -94,7 +102,10 @@ class BuildOptions:
         methods: names, or "FILE.py:Class" for one of the user's own (the file is executed); the first that trains
             or moves statistics becomes the default.
         settings: options by method name and option name.
-        include: patterns of modules whose affine parameters are trained.
+        adapter: what theta is, a key of ``tta_adapters.ADAPTERS``.
+        adapter_settings: its options by name.
+        adapter_weights: values of its trained tensors by name, e.g. from a warm-up; or None for its own start.
+        include: patterns of modules that are adapted.
         exclude: patterns to leave out.
         class_names: for people, or None.
         head: path of the classifier module, or None for the last Linear.
@@ -109,6 +120,9 @@ class BuildOptions:
     classes: int
     methods: Sequence[str]
     settings: Mapping[str, Mapping[str, OptionValue]] = field(default_factory=dict)
+    adapter: str = "norm"
+    adapter_settings: Mapping[str, OptionValue] = field(default_factory=dict)
+    adapter_weights: Mapping[str, Tensor] | None = None
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     class_names: Sequence[str] | None = None
@@ -133,9 +147,10 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NetworkAdapter, 
     """The adapter and the methods of a build, checked against the network.
 
     Raises:
-        NetworkRefused: no normalisation layer, logits of another shape than [batch, classes], weights that are not
-            finite.
-        OptionError: an unknown method, an option or a number of names that does not fit.
+        NetworkRefused: nothing that the adapter adapts, logits of another shape than [batch, classes], weights that
+            are not finite.
+        WeightsDoNotFit: the adapter's weights have other names or shapes than its tensors.
+        OptionError: an unknown adapter or method, an option or a number of names that does not fit.
     """
     if not options.methods:
         raise OptionError("no method is named", "Name one, e.g. source")
@@ -144,8 +159,10 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NetworkAdapter, 
             f"{len(options.class_names)} class names for {options.classes} classes", "Give one for each class"
         )
     try:
-        adapter: NetworkAdapter = NormAdapter(
+        adapter = make_adapter(
+            options.adapter,
             network,
+            options.adapter_settings,
             include=options.include,
             exclude=options.exclude,
             preprocess=options.input.preprocess,
@@ -154,6 +171,8 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NetworkAdapter, 
             input_range=(options.input.preprocess.low, options.input.preprocess.high),
             input_shape=options.input.shape,
         )
+        if options.adapter_weights is not None:
+            adapter.start_from(options.adapter_weights)
         _check_finite(adapter)
         _check_logits(adapter, options)
         strangers = sorted(set(options.settings) - {settings_key(entry) for entry in options.methods})
@@ -165,6 +184,13 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NetworkAdapter, 
     except SelectionError as error:
         raise NetworkRefused(
             str(error), "Check --include, --exclude and --head; see docs/export.md for what is adapted"
+        ) from error
+    except (UnknownAdapterError, UnknownOptionError) as error:
+        raise OptionError(str(error), "See docs/adapters.md for adapters and their options") from error
+    except TensorsDoNotFit as error:
+        raise WeightsDoNotFit(
+            f"the adapter's weights: {error}",
+            "Give the same --adapter, --adapter-set, --include and --exclude as to the warm-up",
         ) from error
     methods: dict[str, Method] = {}
     try:
@@ -370,6 +396,7 @@ def _write(
             "torch": str(torch.__version__),
             "onnx": onnx.__version__,
             "python": platform.python_version(),
+            **{f"adapter.{key}": str(value) for key, value in options.adapter_settings.items()},
             **options.provenance,
         },
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 
@@ -19,6 +18,7 @@ from tta_adapters.methods.t3a import T3a
 from tta_adapters.methods.tent import Tent
 from tta_adapters.methods.zoa import Zoa
 from tta_adapters.network import NetworkAdapter
+from tta_adapters.options import OptionValue, UnknownOptionError, chosen, nearest
 from tta_adapters.select import SelectionError
 
 METHODS: Mapping[str, Callable[..., Method]] = {
@@ -36,15 +36,9 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "zoa": Zoa,
 }
 
-OptionValue = str | float | bool
-
 
 class UnknownMethodError(ValueError):
     """No method of that name."""
-
-
-class UnknownOptionError(ValueError):
-    """The method has no such option, or not for such a value."""
 
 
 def options_of(method: str | Callable[..., Method]) -> dict[str, OptionValue]:
@@ -83,13 +77,9 @@ def make_method(
     """
     name = method if isinstance(method, str) else getattr(method, "__name__", "method")
     known = options_of(method)
-    chosen: dict[str, OptionValue] = {}
-    for key, value in (options or {}).items():
-        if key not in known:
-            raise UnknownOptionError(f"method {name} has no option {key!r}{_nearest(key, known)}")
-        chosen[key] = _coerce(f"{name}.{key}", value, known[key])
+    settings = chosen("method", name, options or {}, known)
     try:
-        return _constructor(method)(adapter, **chosen)
+        return _constructor(method)(adapter, **settings)
     except SelectionError:
         raise
     except ValueError as error:
@@ -100,23 +90,5 @@ def _constructor(method: str | Callable[..., Method]) -> Callable[..., Method]:
     if not isinstance(method, str):
         return method
     if method not in METHODS:
-        raise UnknownMethodError(f"unknown method {method!r}{_nearest(method, METHODS)}")
+        raise UnknownMethodError(f"unknown method {method!r}{nearest(method, METHODS)}")
     return METHODS[method]
-
-
-def _nearest(word: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known) or 'none'}"
-
-
-def _coerce(name: str, value: OptionValue, default: OptionValue) -> OptionValue:
-    if not isinstance(value, str) or isinstance(default, str):
-        return value
-    if isinstance(default, bool):
-        if value.lower() not in ("true", "false", "1", "0"):
-            raise UnknownOptionError(f"{name}={value!r} is not true or false")
-        return value.lower() in ("true", "1")
-    try:
-        return float(value)
-    except ValueError as error:
-        raise UnknownOptionError(f"{name}={value!r} is not a number") from error
