@@ -23,8 +23,8 @@ import tiny_bundle
 from running import PATIENCE_S, REPOSITORY, daemon, process_environment, run_cli, running
 from test_edge_operate import NOBODY, status, stream
 from tta_edge.client import Client
-from tta_edge.commands_stream import OutputUnwritable
 from tta_edge.errors import Unreachable
+from tta_edge.output import OutputUnwritable
 from tta_edge.terminal import Keys
 from tta_edge.top import EVENTS, Feed, View, by_activity, frame, frame_form, rates, save_svg, watch
 from tta_edge.wire import EventEntry, Requests

@@ -511,11 +511,11 @@ def test_an_unwritable_place_is_refused_before_anything_is_opened(place, words, 
 
 def test_a_directory_of_somebody_else_is_refused(tmp_path, monkeypatch):
     """As root every directory is writable, so the system's answer is given for it."""
-    from tta_edge import commands_stream
+    from tta_edge import output
 
-    monkeypatch.setattr(commands_stream.os, "access", lambda *_: False)
-    with pytest.raises(commands_stream.OutputUnwritable, match="is not writable"):
-        commands_stream.check_output(tmp_path / "r.html")
+    monkeypatch.setattr(output.os, "access", lambda *_: False)
+    with pytest.raises(output.OutputUnwritable, match="is not writable"):
+        output.check_output(tmp_path / "r.html")
 
 
 BLOCKED = """

@@ -202,7 +202,7 @@ def top(
 
     Example: tta-edge top --to tcp://127.0.0.1:5555 --interval-s 1
     """
-    from tta_edge.commands_stream import check_output
+    from tta_edge.output import check_output
     from tta_edge.terminal import Keys
     from tta_edge.top import Feed, frame, frame_form, save_svg, watch
 

@@ -5,7 +5,7 @@ it runs.
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ import typer
 
 from tta_edge.commands_operate import ENDPOINT, To
 from tta_edge.exit_codes import ExitCode
-from tta_runtime.errors import ConfigError
+from tta_edge.output import check_output, write_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,13 +36,8 @@ SHIFT_HELP = (
     "Common corruptions as NAME:SEVERITY, separated by commas, e.g. gaussian_noise:5,fog:3; "
     "all:5 stands for the fifteen."
 )
+SUITE_PANEL = "Suite"
 SOURCE_HELP = "digits, npz:FILE, images:DIR or cifar10c:DIR."
-
-
-class OutputUnwritable(ConfigError):
-    """A result cannot be written where the user asked for it."""
-
-    code = "output-unwritable"
 
 
 def stream(
@@ -123,11 +118,21 @@ def stream(
 
 
 def evaluate(
-    bundle: Annotated[
-        str | None,
-        typer.Argument(help="Directory of a bundle; without it the built-in one.", show_default=False),
+    context: typer.Context,
+    bundles: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[BUNDLE]...",
+            help="Directory of a bundle; without it the built-in one. A suite takes several.",
+            show_default=False,
+        ),
     ] = None,
-    stream: Annotated[str, typer.Option(help=SOURCE_HELP)] = "digits",
+    stream: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{SOURCE_HELP} With several bundles also MODEL=SOURCE, repeatable.", show_default="digits"
+        ),
+    ] = None,
     shifts: Annotated[
         str | None,
         typer.Option(
@@ -162,14 +167,81 @@ def evaluate(
         ),
     ] = None,
     json_file: Json = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Play a suite of streams, friendly and hostile: quick or safety.",
+            rich_help_panel=SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    streams: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Only these streams, by name or family, separated by commas, with * and ?.",
+            rich_help_panel=SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    natural: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Images of another domain, of the same size and classes; also MODEL=SOURCE. Repeatable.",
+            rich_help_panel=SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    malicious: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A stream made by tta-export attack; also MODEL=FILE. Repeatable.",
+            rich_help_panel=SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep results and shifted images here; what is there is not played again.",
+            rich_help_panel=SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    again: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHODS",
+            help="Play these again, whatever --store holds.",
+            rich_help_panel=SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Worker processes; default: the cores.",
+            rich_help_panel=SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Measure the error of each method under each shift, without a daemon.
+    """Measure the error of each method under each shift, or on a suite of streams, without a daemon.
 
     Needs labels. Images arrive in the order of the file unless --shuffle. The last batch may be smaller and
     counts like the others. No guard acts: what is measured is the method itself.
 
+    With --suite each method plays every stream of the suite and is compared with the frozen source; shifts, batches and
+    order are the suite's own. docs/suite.md says what each stream is.
+
     Example: tta-edge evaluate my-bundle --stream npz:test.npz --shifts all:5 --methods source,norm,tent
     --batch 64
+
+    Example: tta-edge evaluate my-bundle --stream npz:test.npz --suite quick --store results
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -184,13 +256,31 @@ def evaluate(
     from tta_runtime.bundle import Bundle
     from tta_runtime.engine import EngineOptions
 
+    given = [
+        name for name, value in context.params.items() if _was_given(context, name) and value is not None
+    ]
+    if suite is not None:
+        from tta_edge.commands_suite import Options, check_options, play_suite
+
+        check_options(given)
+        play_suite(
+            Options(
+                suite, bundles or [str(builtin_bundle())], stream or ["digits"],
+                natural=natural or (), malicious=malicious or (), streams=_words(streams) or (),
+                methods=_words(methods), again=_words(again) or (), store=store, jobs=jobs, seed=seed,
+                limit=limit, threads=threads, report=report, json_file=json_file, command=_command(context),
+            )
+        )  # fmt: skip
+        return
+    _check_no_suite(given, bundles or (), stream or ())
+    bundle = bundles[0] if bundles else None
     check_output(json_file)
     check_output(report)
     if report is not None:
         from tta_edge.figure import check_plots
 
         check_plots()
-    source = open_source(stream)
+    source = open_source(stream[0] if stream else "digits")
     parsed = parse_shifts(source, shifts)
     _warn_of_sorted(source, shuffle)
     opened = Bundle.open(bundle if bundle is not None else builtin_bundle())
@@ -218,7 +308,52 @@ def evaluate(
         from tta_edge.report import Facts, command_line, host_facts, render
 
         again = command_line(plan, bundle=bundle, threads=threads, report=report, json=json_file)
-        _write(report, render(result, Facts(again, datetime.now(timezone.utc), host_facts())))
+        write_output(report, render(result, Facts(again, datetime.now(timezone.utc), host_facts())))
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, whatever its value."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _words(text: str | None) -> list[str] | None:
+    """A list of a command line."""
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _command(context: typer.Context) -> list[str]:
+    """The words of this command line, as a report repeats them."""
+    words = ["tta-edge", "evaluate"]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        value = context.params.get(name)
+        if not _was_given(context, name) or value is None:
+            continue
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if parameter.param_type_name == "argument":
+                words.append(str(each))
+            elif each is not False:
+                words += [parameter.opts[0], *([] if each is True else [str(each)])]
+    return words
+
+
+def _check_no_suite(given: Sequence[str], bundles: Sequence[str], streams: Sequence[str]) -> None:
+    """Refuse what only a suite can use.
+
+    Raises:
+        BadValue: one of its options, or several bundles or streams.
+    """
+    from tta_runtime.errors import BadValue
+
+    for name in ("streams", "natural", "malicious", "store", "again", "jobs"):
+        if name in given:
+            raise BadValue(f"--{name} is an option of a suite and no --suite is named", "Add --suite quick")
+    if len(bundles) > 1 or len(streams) > 1:
+        raise BadValue(
+            f"{len(bundles)} bundles and {len(streams)} streams are named, only a suite takes several",
+            "Add --suite quick, or name one",
+        )
 
 
 def demo(
@@ -291,40 +426,6 @@ def _warn_of_sorted(source: Source, shuffle: bool) -> None:
         )
 
 
-def check_output(path: Path | None) -> None:
-    """Refuse a place that cannot be written before the work begins.
-
-    Raises:
-        OutputUnwritable: the directory does not exist, or the path is one, or this user may not write there.
-    """
-    if path is None:
-        return
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        cause = "is a directory" if path.is_dir() else f"has no directory {path.absolute().parent}"
-        raise OutputUnwritable(f"{path} {cause}", "Name a file in an existing directory")
-    # A file is replaced, which its directory must allow; a pipe or a device is written to.
-    place = path if path.exists() and not path.is_file() else path.absolute().parent
-    if not os.access(place, os.W_OK):
-        raise OutputUnwritable(f"{place} is not writable", "Name a file in a directory of yours")
-
-
 def _write_json(path: Path | None, form: dict[str, Any]) -> None:
     if path is not None:
-        _write(path, json.dumps(form, indent=2, allow_nan=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or nothing of it.
-
-    Raises:
-        OutputUnwritable: the system refuses.
-    """
-    from tta_runtime.atomic import write_atomic
-
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")  # a pipe or a device: there is nothing to replace
-        else:
-            write_atomic(path, text.encode())
-    except OSError as error:
-        raise OutputUnwritable(f"cannot write {path}: {error.strerror}", "Name another file") from error
+        write_output(path, json.dumps(form, indent=2, allow_nan=False) + "\n")

@@ -230,7 +230,7 @@ def evaluate(
     return Evaluation(
         manifest.model_id,
         opened.digest,
-        next((name for name in plan.methods if _is_frozen(manifest.methods[name])), None),
+        next((name for name in plan.methods if is_frozen(manifest.methods[name])), None),
         tuple(rows),
         plan,
         {model.method: model.hyper for model in models if model.hyper},
@@ -313,7 +313,7 @@ def _check(plan: Plan) -> None:
         raise BadValue(f"a method is named twice: {', '.join(plan.methods)}", "Name each once")
 
 
-def _is_frozen(method: MethodSpec) -> bool:
+def is_frozen(method: MethodSpec) -> bool:
     """Whether a method is the source model left alone: no step, and theta serves."""
     return method.step is None and method.serve == FORWARD and method.serve_vector == "theta"
 

@@ -192,6 +192,7 @@ def rolling_errors(
     frozen: str | None,
     title: str,
     description: str,
+    name: str = "rolling-errors",
 ) -> str:
     """The error over the last `window` samples along the stream: one small plot for each shift, all on one scale.
 
@@ -201,6 +202,7 @@ def rolling_errors(
         frozen: the method drawn in grey.
         title: short, for readers who cannot see the plot.
         description: what it shows, likewise.
+        name: in front of the ids, for a page with several.
 
     Returns:
         An `svg` element to stand inside HTML.
@@ -238,7 +240,7 @@ def rolling_errors(
         grid[0, 0].set_ylim(bottom=0, top=min(102.0, grid[0, 0].get_ylim()[1]))
         grid[0, 0].set_xlim(left=0, right=max(len(curve.wrong) for _, curves in panels for curve in curves))
         figure.legend(lines, methods, loc="outside upper left", ncols=len(methods), frameon=False)
-        return _svg(figure, "rolling-errors", title, description)
+        return _svg(figure, name, title, description)
 
 
 def _looks(methods: Sequence[str], frozen: str | None) -> dict[str, tuple[str, str, Any]]:

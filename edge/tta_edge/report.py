@@ -16,8 +16,8 @@ from html import escape
 from importlib import metadata
 from pathlib import Path
 
-from tta_edge import figure
-from tta_edge.comparison import CLEAR, Cell, Difference, MethodSummary, Sign, compare
+from tta_edge import figure, html
+from tta_edge.comparison import CLEAR, Cell, MethodSummary, Sign, compare
 from tta_edge.evaluate import NO_SHIFT, Evaluation, Plan
 from tta_edge.figure import Curve
 from tta_runtime import __version__
@@ -92,22 +92,14 @@ def render(evaluation: Evaluation, facts: Facts) -> str:
     title = f"Evaluation of {evaluation.model}"
     sections = (
         _head(evaluation, facts, title),
-        _section("Summary", _verdict(evaluation, methods), _summary_table(evaluation, methods)),
-        _section("Error under each shift", _legend(evaluation), _errors_table(evaluation, methods)),
-        _section("Bars", _bars(evaluation, methods)),
-        _section("Along the stream", _curves(evaluation)),
-        _section("Settings of the methods", _hyper_table(evaluation)),
+        html.section("Summary", _verdict(evaluation, methods), _summary_table(evaluation, methods)),
+        html.section("Error under each shift", _legend(evaluation), _errors_table(evaluation, methods)),
+        html.section("Bars", _bars(evaluation, methods)),
+        html.section("Along the stream", _curves(evaluation)),
+        html.section("Settings of the methods", _hyper_table(evaluation)),
         _footer(),
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # The browser itself holds the file to its promise: nothing is loaded, nothing runs.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
+    return html.document(title, sections)
 
 
 def verdict(evaluation: Evaluation, methods: Sequence[MethodSummary]) -> list[str]:
@@ -124,8 +116,9 @@ def verdict(evaluation: Evaluation, methods: Sequence[MethodSummary]) -> list[st
         if method.difference is not None:
             lines.append(_sentence(method, evaluation.frozen or ""))
     lines += [
-        f"{method.name}: {_count(cell.row.refused, 'step')} under {cell.row.label} thrown away because theta or state "
-        f"became NaN or Inf (batch {_ranges(cell.row.refused_batches)}); the batches were answered all the same."
+        f"{method.name}: {html.count(cell.row.refused, 'step')} under {cell.row.label} thrown away because theta "
+        f"or state became NaN or Inf (batch {_ranges(cell.row.refused_batches)}); the batches were answered all the "
+        "same."
         for method in methods
         for cell in method.cells
         if cell.row.refused
@@ -146,7 +139,7 @@ def _sentence(method: MethodSummary, frozen: str) -> str:
     shifts = sum(cell.row.shift != NO_SHIFT for cell in method.cells)
     text = (
         f"{method.name} {words[difference.sign]}{' on average' if shifts > 1 else ''}: "
-        f"error {_percent(method.error)} %, {_points(difference)} points against {frozen}."
+        f"error {html.percent(method.error)} %, {html.points(difference)} points against {frozen}."
     )
     if len(method.cells) == 1:
         return text
@@ -166,15 +159,6 @@ def _sentence(method: MethodSummary, frozen: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- parts
-
-
-def _section(heading: str, *parts: str) -> str:
-    name = heading.lower().replace(" ", "-")
-    return (
-        f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n'
-        + "\n".join(parts)
-        + "\n</section>"
-    )
 
 
 def _head(evaluation: Evaluation, facts: Facts, title: str) -> str:
@@ -217,23 +201,23 @@ def _summary_table(evaluation: Evaluation, methods: Sequence[MethodSummary]) -> 
     rows = []
     for method in methods:
         cells = [
-            *([_number(method.clean, _percent(method.clean))] if clean else []),
-            _number(method.error, _percent(method.error)),
-            _difference(method.difference),
-            *([_number(method.gap_recovered, _fraction(method.gap_recovered))] if clean else []),
+            *([html.number(method.clean, html.percent(method.clean))] if clean else []),
+            html.number(method.error, html.percent(method.error)),
+            html.difference(method.difference),
+            *([html.number(method.gap_recovered, html.fraction(method.gap_recovered))] if clean else []),
             f"{method.adapted} of {batches}",
             str(method.refused),
         ]
         name = escape(method.name) + (" <small>frozen</small>" if method.name == evaluation.frozen else "")
         rows.append([name, *cells])
-    return _table("The methods over the whole evaluation", heads, rows)
+    return html.table("The methods over the whole evaluation", heads, rows)
 
 
 def _legend(evaluation: Evaluation) -> str:
-    text = f"{_BEST} lowest error under the shift"
+    text = f"{html.BEST} lowest error under the shift"
     if evaluation.frozen is not None:
         text += (
-            f"; {_WORSE} above the frozen source. Below the error: its difference to the source in points, "
+            f"; {html.WORSE} above the frozen source. Below the error: its difference to the source in points, "
             "± one standard error"
         )
     return f'<p class="note">{text}.</p>'
@@ -250,28 +234,28 @@ def _errors_table(evaluation: Evaluation, methods: Sequence[MethodSummary]) -> s
     mean: list[str] | None = None
     if sum(shift is not None for shift in evaluation.plan.shifts) > 1:
         name = "mean of the shifts" if None in evaluation.plan.shifts else "mean"
-        mean = [name, *(_number(method.error, _percent(method.error)) for method in methods)]
+        mean = [name, *(html.number(method.error, html.percent(method.error)) for method in methods)]
     order = ", in this order without a reset" if evaluation.plan.setting == "continual" else ""
     heads = ["shift", *(escape(method.name) for method in methods)]
-    return _table(f"Error in %{order}", heads, rows, footer=mean)
+    return html.table(f"Error in %{order}", heads, rows, footer=mean)
 
 
 def _cell(cell: Cell, methods: int) -> str:
     marks, kind = "", []
     if cell.best and methods > 1:
-        marks, kind = f"{_BEST}<span class=unseen>lowest</span> ", ["best"]
+        marks, kind = f"{html.BEST}<span class=unseen>lowest</span> ", ["best"]
     if cell.difference is not None and cell.difference.value > 0:
-        marks += f"{_WORSE}<span class=unseen>worse than the source</span> "
+        marks += f"{html.WORSE}<span class=unseen>worse than the source</span> "
         kind.append("worse")
-    text = f"{marks}{_number(cell.row.error, _percent(cell.row.error))}"
+    text = f"{marks}{html.number(cell.row.error, html.percent(cell.row.error))}"
     if cell.difference is not None:
-        text += f"<small>{_points(cell.difference)}</small>"
+        text += f"<small>{html.points(cell.difference)}</small>"
     return f'<div class="{" ".join(kind)}">{text}</div>' if kind else f"<div>{text}</div>"
 
 
 def _bars(evaluation: Evaluation, methods: Sequence[MethodSummary]) -> str:
     labels = [row.label for row in evaluation.rows_of(methods[0].name)]
-    means = "; ".join(f"{method.name} {_percent(method.error)} %" for method in methods)
+    means = "; ".join(f"{method.name} {html.percent(method.error)} %" for method in methods)
     plot = figure.error_bars(
         labels,
         {method.name: [cell.row.error for cell in method.cells] for method in methods},
@@ -280,7 +264,7 @@ def _bars(evaluation: Evaluation, methods: Sequence[MethodSummary]) -> str:
         title="Error of each method under each shift",
         description=f"Grouped bars; the numbers stand in the table above. Mean error: {means}.",
     )
-    return _figure(plot, "Error of each method under each shift; the whiskers are one standard error.")
+    return html.figure(plot, "Error of each method under each shift; the whiskers are one standard error.")
 
 
 def _curves(evaluation: Evaluation) -> str:
@@ -299,8 +283,8 @@ def _curves(evaluation: Evaluation) -> str:
         frozen=evaluation.frozen,
         title="Rolling error of each method along the stream",
         description=(
-            f"One small plot for each of {_count(len(labels), 'shift')} ({', '.join(labels)}): the error over the last "
-            f"{_count(window, 'sample')}, one curve for each method ({', '.join(plan.methods)})."
+            f"One small plot for each of {html.count(len(labels), 'shift')} ({', '.join(labels)}): the error over the "
+            f"last {html.count(window, 'sample')}, one curve for each method ({', '.join(plan.methods)})."
         ),
     )
     reset = (
@@ -308,8 +292,8 @@ def _curves(evaluation: Evaluation) -> str:
         if plan.setting == "continual"
         else "The methods start from the source model under each shift."
     )
-    return _figure(
-        plot, f"Error over the last {_count(window, 'sample')} along the stream of each shift. {reset}"
+    return html.figure(
+        plot, f"Error over the last {html.count(window, 'sample')} along the stream of each shift. {reset}"
     )
 
 
@@ -327,7 +311,7 @@ def _hyper_table(evaluation: Evaluation) -> str:
     ]
     if not rows:
         return "<p>None of the methods has any.</p>"
-    return _table("Hyper-parameters used", ["method", "hyper-parameter", "value", "from"], rows)
+    return html.table("Hyper-parameters used", ["method", "hyper-parameter", "value", "from"], rows)
 
 
 def _footer() -> str:
@@ -354,58 +338,6 @@ def _footer() -> str:
 # --------------------------------------------------------------------------------------------- small pieces
 
 
-def _table(
-    caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[str] | None = None
-) -> str:
-    """A table from cells that are HTML already; the first column names the rows."""
-    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
-    body = "".join(_row(row) for row in rows)
-    foot = f"<tfoot>{_row(footer)}</tfoot>" if footer is not None else ""
-    return (
-        f'<div class="scroll"><table>\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{body}</tbody>{foot}\n</table></div>"
-    )
-
-
-def _row(cells: Sequence[str]) -> str:
-    return (
-        f'<tr><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>\n"
-    )
-
-
-def _figure(plot: str, caption: str) -> str:
-    return f'<figure><div class="scroll">{plot}</div><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _number(value: float | None, text: str) -> str:
-    """A number with all its digits behind the rounded text."""
-    return text if value is None else f'<data value="{value!r}">{text}</data>'
-
-
-def _difference(difference: Difference | None) -> str:
-    return "–" if difference is None else _number(difference.value, _points(difference))
-
-
-def _points(difference: Difference) -> str:
-    """In points, with its standard error where there is one."""
-    text = f"{100 * difference.value:+.1f}".replace("-", "−")
-    if difference.standard_error is not None:
-        text += f" ± {100 * difference.standard_error:.1f}"
-    return text
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _fraction(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}".replace("-", "−")
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" + ("" if number == 1 else "s")
-
-
 def _ranges(numbers: Sequence[int]) -> str:
     """Increasing numbers with runs drawn together: 0-2, 5."""
     runs: list[list[int]] = []
@@ -422,76 +354,3 @@ def _installed(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-_BEST = '<span class="mark" aria-hidden="true">★</span>'
-_WORSE = '<span class="mark" aria-hidden="true">▲</span>'
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #fffffe; --ink: #1b1f24; --soft: #57606a; --line: #d6dae0; --tint: #f4f6f8;
-  --good: #00694b; --bad: #a33c00; --frozen: #6b7380;
-  --series-0: #0072b2; --series-1: #d55e00; --series-2: #009e73;
-  --series-3: #cc79a7; --series-4: #56b4e9; --series-5: #e69f00;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14171a; --ink: #e8eaed; --soft: #a3abb5; --line: #363c43; --tint: #1e2226;
-    --good: #46d3a3; --bad: #ff9a5c; --frozen: #9aa3af;
-    --series-0: #58b2ee; --series-1: #f08442; --series-2: #2fc396;
-    --series-3: #e09cc3; --series-4: #9bd6f7; --series-5: #f2b63a;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 2rem 1.25rem 3rem; max-width: 64rem;
-  background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif;
-}
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
-header dl {
-  display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .5rem 1.2rem; margin: 0;
-}
-header dl .wide { grid-column: 1 / -1; }
-header dl .wide dd { font: .875rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
-dt { color: var(--soft); font-size: .8rem; }
-dd { margin: 0; overflow-wrap: anywhere; }
-header p, .note, figcaption, caption { color: var(--soft); font-size: .875rem; }
-header p { margin: 1rem 0 .25rem; }
-pre {
-  margin: 0; padding: .7rem .9rem; background: var(--tint); border: 1px solid var(--line); border-radius: .3rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem;
-}
-.verdict { margin: 0 0 1rem; padding-left: 1.2rem; }
-.verdict li { margin: .25rem 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: 50%; }
-caption { text-align: left; padding-bottom: .3rem; }
-th, td { padding: .3rem .8rem; text-align: right; vertical-align: baseline; border-bottom: 1px solid var(--line); }
-th:first-child { text-align: left; padding-left: 0; font-weight: 500; }
-thead th { font-weight: 600; border-bottom: 2px solid var(--soft); vertical-align: bottom; }
-tfoot th, tfoot td { border-top: 2px solid var(--soft); border-bottom: 0; font-weight: 600; }
-td, tbody th, tfoot th { white-space: nowrap; }
-td small { display: block; font-size: .75rem; font-weight: 400; color: var(--soft); }
-th small { font-weight: 400; color: var(--soft); }
-.best { font-weight: 700; }
-.best .mark { color: var(--good); }
-.worse, .worse .mark { color: var(--bad); }
-.mark { font-size: .8em; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-figure { margin: 0; }
-.plot { display: block; width: 100%; min-width: 40rem; height: auto; }
-.plot * { stroke-linejoin: round; stroke-linecap: butt; }
-footer dl { display: grid; grid-template-columns: max-content 1fr; gap: .4rem 1.2rem; margin: 0; font-size: .875rem; }
-footer dt { font-size: inherit; }
-@media (max-width: 40rem) { footer dl { grid-template-columns: 1fr; } footer dd { margin-bottom: .4rem; } }
-@media print {
-  html { font-size: 9.5pt; }
-  body { max-width: none; padding: 0; }
-  .plot { min-width: 0; }
-  figure, tr, pre, .verdict li, footer dd { break-inside: avoid; }
-  h2, caption, thead, .note, footer dt { break-after: avoid; }
-}
-"""

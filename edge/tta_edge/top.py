@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tta_edge.client import Client
-from tta_edge.commands_stream import OutputUnwritable
+from tta_edge.output import OutputUnwritable
 from tta_edge.status_view import (
     ACTION_STYLES,
     duration,

@@ -19,7 +19,6 @@ from tta_runtime.arrays import is_finite
 from tta_runtime.bundle import Bundle
 from tta_runtime.engine import EngineOptions
 from tta_runtime.errors import NonFinite, NonFiniteState, NonFiniteTheta, did_you_mean
-from tta_runtime.inputs import Limits
 from tta_runtime.model import Engines, Model
 
 GUARDED = "+guards"
@@ -67,7 +66,6 @@ def make_player(
     options: EngineOptions | None = None,
     seed: int = 0,
     hyper: Mapping[str, float] | None = None,
-    max_batch: int = Limits().max_batch,
 ) -> Player:
     """The player of that name.
 
@@ -77,7 +75,6 @@ def make_player(
         options: threads and provider.
         seed: of the method's random numbers.
         hyper: values that replace the method's defaults.
-        max_batch: samples of the largest batch.
 
     Raises:
         UnknownPlayer: there is none of that name for this bundle.
@@ -92,8 +89,7 @@ def make_player(
         )
     meter = Meter(bundle.manifest)
     engines = Engines.load(bundle, methods=[method], options=options, loader=meter.loader)
-    limits = Limits(max_batch=max(Limits().max_batch, max_batch))
-    model = Model(engines, method, hyper=hyper or {}, seed=seed, limits=limits)
+    model = Model(engines, method, hyper=hyper or {}, seed=seed)
     return GuardedMethod(name, model, meter) if guarded else BareMethod(name, model, meter)
 
 
