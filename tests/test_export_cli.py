@@ -26,7 +26,7 @@ from tta_exporters.cli import app, main
 from tta_exporters.sources import load_network
 from tta_runtime import Model
 
-COMMANDS = ("build", "check", "info")
+COMMANDS = ("build", "check", "info", "warm-up")
 
 MODELS = """
 import torch
@@ -259,7 +259,7 @@ def test_help_names_the_exit_codes_and_an_example(command: str | None, run, monk
     result = run(*filter(None, [command]), "--help")
     words = " ".join(result.out.split())
     assert result.status == 0
-    assert "Exit codes: 0 done; 1 a check failed; 2 wrong usage" in words
+    assert "Exit codes: 0 done; 1 a check failed or a warm-up diverged; 2 wrong usage" in words
     if command:
         assert f"Example: tta-export {command} " in words
 

@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tta_exporters import arguments
+from tta_exporters.commands_warm_up import warm_up
 from tta_runtime.errors import TtaError
 
 EPILOG = (
-    "Exit codes: 0 done; 1 a check failed; 2 wrong usage or option; 4 the model, weights or bundle is refused; "
-    "3 a package is missing; 130 interrupted."
+    "Exit codes: 0 done; 1 a check failed or a warm-up diverged; 2 wrong usage or option; "
+    "4 the model, weights or bundle is refused; 3 a package is missing; 130 interrupted."
 )
 CHECK_FAILED, USAGE, MISSING, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 _EXIT_CODES = {
@@ -28,6 +30,8 @@ _EXIT_CODES = {
     "extra-missing": MISSING,
     "engine-missing": MISSING,
     "parity": CHECK_FAILED,
+    "diverged": CHECK_FAILED,
+    "interrupted": INTERRUPTED,
 }
 """By the error's code; what is not listed is REFUSED."""
 
@@ -63,40 +67,30 @@ def _fail(code: str, message: str, status: int) -> None:
 
 @app.command(epilog=EPILOG)
 def build(
-    source: Annotated[
-        str,
-        typer.Argument(help="FILE.py:factory, timm:NAME, torchvision:NAME or hf:DIR. A file is executed."),
-    ],
+    source: arguments.Source,
     out: Annotated[Path, typer.Option("-o", "--out", help="Bundle directory to make.")],
-    input_shape: Annotated[str, typer.Option("--input", help="Shape without the batch, e.g. 3x32x32.")],
-    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="safetensors, or a torch state dict (weights only).")
-    ] = None,
+    input_shape: arguments.InputShape,
+    classes: arguments.Classes,
+    weights: arguments.Weights = None,
     methods: Annotated[str, typer.Option(help="Comma list of names, or FILE.py:Class for your own.")] = (
         "source,norm,tent"
     ),
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="METHOD.OPTION=VALUE, e.g. tent.lr=0.001. Repeatable.")
     ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Pattern of norm layers to train. Repeatable.")
+    adapter: arguments.Adapter = "norm",
+    adapter_set: arguments.AdapterSet = None,
+    adapter_weights: Annotated[
+        Path | None, typer.Option(help="Where the adapter starts: what `tta-export warm-up` made.")
     ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Pattern of norm layers to freeze. Repeatable.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="What users send: float32 or uint8.")] = "float32",
-    value_range: Annotated[
-        str | None, typer.Option("--range", help="Range users send, LOW:HIGH (default 0:1; uint8: 0:255).")
-    ] = None,
-    mean: Annotated[str, typer.Option(help="Per-channel mean in units of 0..1, e.g. .485,.456,.406.")] = "",
-    std: Annotated[str, typer.Option(help="Per-channel standard deviation, likewise.")] = "",
-    raw_range: Annotated[
-        bool, typer.Option(help="The network takes LOW..HIGH itself: do not scale to 0..1.")
-    ] = False,
-    head: Annotated[
-        str | None, typer.Option(help="Path of the classifier module (default: last Linear).")
-    ] = None,
+    include: arguments.Include = None,
+    exclude: arguments.Exclude = None,
+    dtype: arguments.Dtype = "float32",
+    value_range: arguments.Range = None,
+    mean: arguments.Mean = "",
+    std: arguments.Std = "",
+    raw_range: arguments.RawRange = False,
+    head: arguments.Head = None,
     class_names: Annotated[str | None, typer.Option(help="Comma list of class names.")] = None,
     model_id: Annotated[
         str | None, typer.Option("--id", help="Name of the model (default: from SOURCE).")
@@ -109,40 +103,46 @@ def build(
     parity_steps: Annotated[
         int, typer.Option("--parity", min=0, help="Compare with eager torch over N steps; 0 skips.")
     ] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: arguments.AsJson = False,
 ) -> None:
     """Compile a model and methods into a bundle.
 
     Example: tta-export build models.py:resnet8 --weights w.safetensors --input 3x32x32 --classes 10 -o bundle
     """
-    from tta_exporters.build import MAX_SOURCE_IMAGES, BuildOptions, InputOptions
+    from tta_exporters.adapter_file import read_adapter
+    from tta_exporters.build import MAX_SOURCE_IMAGES, BuildOptions
     from tta_exporters.build import build as build_bundle
     from tta_exporters.check import example_batch
     from tta_exporters.parity import eager, parity, reference
-    from tta_exporters.preprocess import Preprocess
     from tta_exporters.source_images import load_source_images
     from tta_exporters.sources import load_network
     from tta_runtime import Model
 
-    low, high = _numbers(value_range or ("0:255" if dtype == "uint8" else "0:1"), ":", "--range", count=2)
     origin = source.rstrip("/").rsplit("/", 1)[-1]
-    means, stds = _numbers(mean, ",", "--mean"), _numbers(std, ",", "--std")
-    users = InputOptions(_shape(input_shape), dtype, Preprocess(low, high, means, stds, scale=not raw_range))
+    users = arguments.users_input(input_shape, dtype, value_range, mean, std, raw_range)
+    network = load_network(source, weights)
+    start = read_adapter(adapter_weights, adapter, network) if adapter_weights else None
     options = BuildOptions(
         model_id=model_id or origin.rsplit(":", 1)[-1],
         input=users,
         classes=classes,
         methods=[name.strip() for name in methods.split(",") if name.strip()],
-        settings=_settings(settings or []),
+        settings=arguments.method_settings(settings or []),
+        adapter=adapter,
+        adapter_settings=arguments.adapter_settings(adapter_set or []),
+        adapter_weights=start.tensors if start else None,
         include=include or ["*"],
         exclude=exclude or [],
         class_names=[name.strip() for name in class_names.split(",")] if class_names else None,
         head=head,
         default_method=default_method,
         source_images=load_source_images(source_images, users, MAX_SOURCE_IMAGES) if source_images else None,
-        provenance={"source": origin, "weights": weights.name if weights else "none"},
+        provenance={
+            "source": origin,
+            "weights": weights.name if weights else "none",
+            **(start.provenance if start else {}),
+        },
     )
-    network = load_network(source, weights)
     console = Console(stderr=True)
     with console.status("building") as status:
 
@@ -170,7 +170,7 @@ def build(
         _print_json({"bundle": str(out), "bytes": size, "theta": built.manifest.theta.size, "parity": worst})
         return
     Console().print(
-        f"{out}: {size / 1e6:.1f} MB, theta {built.manifest.theta.size} values "
+        f"{out}: {size / 1e6:.1f} MB, adapter {adapter}, theta {built.manifest.theta.size} values "
         f"({built.manifest.theta.trained} trained), methods {', '.join(built.methods)}",
         highlight=False,
         markup=False,
@@ -238,7 +238,8 @@ def info(
     console.print(
         f"[bold]{escape(manifest.model_id)}[/bold]  {spec.dtype} {escape(str(spec.shape))} "
         f"in {spec.low:g}..{spec.high:g}, "
-        f"{manifest.classes} classes\ntheta {manifest.theta.size} values, {manifest.theta.trained} trained, "
+        f"{manifest.classes} classes\nadapter {escape(manifest.adapter)}, "
+        f"theta {manifest.theta.size} values, {manifest.theta.trained} trained, "
         f"digest {manifest.theta.digest[:12]}"
     )
     table = Table("method", "what it does", "settings", "report")
@@ -256,40 +257,7 @@ def info(
         console.print(listing)
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    from tta_exporters.errors import OptionError
-
-    parts = text.lower().split("x")
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise OptionError(f"--input is {text!r}", "Write lengths joined by x, e.g. 3x32x32")
-    return tuple(int(part) for part in parts)
-
-
-def _numbers(text: str, separator: str, name: str, count: int | None = None) -> list[float]:
-    from tta_exporters.errors import OptionError
-
-    try:
-        values = [float(part) for part in text.split(separator)] if text else []
-    except ValueError as error:
-        raise OptionError(f"{name} is {text!r}", f"Write numbers joined by {separator!r}") from error
-    if count is not None and len(values) != count:
-        raise OptionError(
-            f"{name} has {len(values)} numbers, expected {count}", f"Write for example 0{separator}1"
-        )
-    return values
-
-
-def _settings(entries: list[str]) -> dict[str, dict[str, str | float | bool]]:
-    from tta_exporters.errors import OptionError
-
-    settings: dict[str, dict[str, str | float | bool]] = {}
-    for entry in entries:
-        key, separator, value = entry.partition("=")
-        method, dot, option = key.partition(".")
-        if not (separator and dot and method and option and value):
-            raise OptionError(f"--set {entry!r}", "Write METHOD.OPTION=VALUE, e.g. tent.lr=0.001")
-        settings.setdefault(method, {})[option] = value
-    return settings
+app.command("warm-up", epilog=EPILOG)(warm_up)
 
 
 def _write(path: Path, text: str) -> None:

@@ -88,6 +88,24 @@ class ParityError(ExportError):
     code = "parity"
 
 
+class Diverged(ExportError):
+    """A warm-up whose loss is no longer finite."""
+
+    code = "diverged"
+
+
+class Interrupted(ExportError):
+    """A warm-up that was stopped and can be resumed."""
+
+    code = "interrupted"
+
+
+class CheckpointMismatch(ExportError):
+    """A checkpoint that belongs to another warm-up, or to none."""
+
+    code = "checkpoint"
+
+
 class CheckFailed(ExportError):
     """A bundle's graph that does not pass a check."""
 
