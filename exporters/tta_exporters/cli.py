@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tta_exporters import arguments
+from tta_exporters.commands_attack import attack
 from tta_exporters.commands_warm_up import warm_up
 from tta_runtime.errors import TtaError
 
@@ -258,6 +259,7 @@ def info(
 
 
 app.command("warm-up", epilog=EPILOG)(warm_up)
+app.command(epilog=EPILOG)(attack)
 
 
 def _write(path: Path, text: str) -> None:
