@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "sar running": ("sar", {"statistics": "running", "margin": "1"}),
     "cotta": ("cotta", {"views": "2"}),
     "cotta without views": ("cotta", {"views": "0", "loss": "sce"}),
+    "rotta of six": ("rotta", {"memory": "6"}),
     "t3a of one support": ("t3a", {"supports": "1"}),
 }
 
@@ -49,7 +50,9 @@ def test_a_method_costs_what_its_spec_and_its_docstring_say(variant: str) -> Non
     name, options = VARIANTS[variant]
     adapter = NormAdapter(resnet(), input_shape=(3, 16, 16))
     method = make_method(name, adapter, options)
-    x = torch.rand(COST_BATCH, 3, 16, 16)
+    # What a memory costs is said of batches as large as it is.
+    size = next((entry.shape[0] for entry in method.spec.state if entry.name == "memory_filled"), COST_BATCH)
+    x = torch.rand(size, 3, 16, 16)
     if isinstance(method, Calibrated):
         method.calibrate([x])
     theta, seen = adapter.source_theta(), 0

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from exported import options
 from networks import group_norm, resnet
 from tta_adapters import NormAdapter, make_method
 from tta_adapters.base import Batch, gradient, init_state
 from tta_adapters.learner import Learner
 from tta_adapters.losses import entropy
+from tta_exporters.build import build
+from tta_exporters.check import example_batch
+from tta_exporters.parity import parity, reference
+from tta_runtime import Model
 
 RATE = 0.05
 
@@ -101,21 +107,21 @@ def test_values_gradients_and_statistics_are_those_of_the_reference(mode: str) -
     network = warm().double()
     adapter = NormAdapter(network)
     learner = Learner("test", adapter, optimizer="sgd", nesterov=False, statistics=mode)
-    reference = with_norms(network, MODES[mode]).eval()
+    theirs = with_norms(network, MODES[mode]).eval()
     setting = {"ema": torch.tensor(RATE, dtype=torch.float64)}
     x = images(1).double()
     tensors, out = learner.forward(adapter.source_theta().double(), x, setting)
     found = gradient(entropy(out.logits).mean(), adapter, tensors)
-    logits = reference(x)
+    logits = theirs(x)
     torch.testing.assert_close(out.logits, logits, rtol=1e-9, atol=1e-9)
     entropy(logits).mean().backward()
-    named = dict(reference.named_parameters())
+    named = dict(theirs.named_parameters())
     wanted = torch.cat([named[e.name].grad.reshape(-1) for e in adapter.tensors if e.trained])
     torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-10)
     assert float(wanted.abs().max()) > 1e-3
     observed = adapter.batch_statistics(out.statistics)
     followed = (1 - RATE) * adapter.source_theta()[adapter.trained :].double() + RATE * observed
-    buffers = dict(reference.named_buffers())
+    buffers = dict(theirs.named_buffers())
     wanted = torch.cat([buffers[e.name].reshape(-1) for e in adapter.tensors if not e.trained])
     torch.testing.assert_close(followed, wanted, rtol=1e-9, atol=1e-9)
 
@@ -205,7 +211,7 @@ def test_the_comparison_objects_to_other_statistics(mode: str, spoil: str) -> No
     network = warm().double()
     adapter = NormAdapter(network)
     learner = Learner("test", adapter, optimizer="sgd", nesterov=False, statistics=mode)
-    reference = with_norms(network, MODES[mode]).eval()
+    theirs = with_norms(network, MODES[mode]).eval()
     x = images(1).double()
     rate = RATE * (1.1 if spoil == "share" else 1.0)
     _, out = learner.forward(
@@ -216,7 +222,18 @@ def test_the_comparison_objects_to_other_statistics(mode: str, spoil: str) -> No
         half = len(observed) // 2
         observed = torch.cat([observed[:half], observed[half:] * 6 / 5])
     followed = (1 - rate) * adapter.source_theta()[adapter.trained :].double() + rate * observed
-    reference(x)
-    buffers = dict(reference.named_buffers())
+    theirs(x)
+    buffers = dict(theirs.named_buffers())
     wanted = torch.cat([buffers[e.name].reshape(-1) for e in adapter.tensors if not e.trained])
     assert not torch.allclose(followed, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("statistics", MODES)
+def test_twenty_compiled_steps(statistics: str, tmp_path: Path) -> None:
+    wanted = options("resnet", ("tent",), tent={"statistics": statistics})
+    build(resnet(), wanted, tmp_path / "bundle")
+    model = Model.open(tmp_path / "bundle")
+    batches = [example_batch(model.manifest.input, 8, seed) for seed in range(20)]
+    parity(model, reference(resnet(), wanted, "tent"), batches).require()
+    assert model.distance > 0
+    model.adapt(batches[0][:1])

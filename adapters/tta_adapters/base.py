@@ -185,10 +185,22 @@ class Adapter(Protocol):
         ...
 
 
-Statistics = Literal["running", "batch", "renorm"] | Tensor
+class Blend(NamedTuple):
+    """(1 - share) * running + share * batch statistics, of some of the batch's samples.
+
+    Attributes:
+        share: 0-d, of the batch.
+        weight: [batch], >= 0, how much each sample counts in the batch's statistics; not all 0.
+    """
+
+    share: Tensor
+    weight: Tensor
+
+
+Statistics = Literal["running", "batch", "renorm"] | Tensor | Blend
 """Which mean and variance normalisation layers with running statistics use: those in theta ("running"), the
-batch's own ("batch"), those in theta with the gradient that the batch's own would have ("renorm"), or
-(1 - a) * running + a * batch for a 0-d tensor a."""
+batch's own ("batch"), those in theta with the gradient that the batch's own would have ("renorm"),
+(1 - a) * running + a * batch for a 0-d tensor a, or the same of some samples only."""
 
 
 @runtime_checkable

@@ -7,14 +7,14 @@ so that they differ in what their papers say and in nothing else.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from tta_adapters.base import Forward, Hyper, State, StateSpec, Statistics
+from tta_adapters.base import Blend, Forward, Hyper, State, StateSpec, Statistics
 from tta_adapters.network import NetworkAdapter
 from tta_adapters.norm import statistics_gap
 from tta_adapters.optim import optimiser
@@ -116,11 +116,31 @@ class Learner:
         tensors = self.adapter.unpack(theta)
         return tensors, self.run(tensors, x, setting)
 
-    def run(self, tensors: Mapping[str, Tensor], x: Tensor, setting: Mapping[str, Tensor]) -> Forward:
-        """As :meth:`forward`, with theta given by name: another pass that the same gradient goes through."""
+    def run(
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        setting: Mapping[str, Tensor],
+        samples: Tensor | None = None,
+        forward: Callable[..., Forward] | None = None,
+    ) -> Forward:
+        """As :meth:`forward`, with theta given by name: another pass that the same gradient goes through.
+
+        Args:
+            tensors: theta by name.
+            x: [batch, ...].
+            setting: hyper values by name.
+            samples: [batch], >= 0, how much each counts in the batch's statistics; only where these are "ema".
+            forward: the adapter's own, with further arguments bound; by default as it is.
+        """
         mode = self.statistics
-        statistics: Statistics = (setting["ema"] if self.follows else "running") if mode == "ema" else mode
-        return self.adapter.forward(tensors, x, statistics=statistics)
+        statistics: Statistics
+        if mode == "ema":
+            rate = setting["ema"] if self.follows else torch.zeros(())
+            statistics = rate if samples is None else Blend(rate, samples)
+        else:
+            statistics = mode
+        return (forward or self.adapter.forward)(tensors, x, statistics=statistics)
 
     def masked(self, grad: Tensor) -> Tensor:
         """The gradient [T] with 0 where nothing is trained."""

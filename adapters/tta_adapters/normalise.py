@@ -68,9 +68,9 @@ class _BatchNorm(torch.autograd.Function):
 class _BlendedNorm(torch.autograd.Function):
     """Batch normalisation by (1 - a) * running + a * batch statistics: -> (y, batch mean, batch variance).
 
-    With c = x - batch mean, e = x - the mean used, r = 1 / sqrt(var used + eps), s = weight * r and means over all
-    axes but the channel: dx = s * dy - a * s * mean(dy) - c * (a * s * r^2 * mean(dy * e)). With a = 1 it is batch
-    normalisation.
+    Batch statistics are weighted by p [N] with mean 1. With c = x - batch mean, e = x - the mean used, r = 1 /
+    sqrt(var used + eps), s = weight * r and means over all axes but the channel: dx = s * dy - p * (a * s * mean(dy) +
+    c * (a * s * r^2 * mean(dy * e))). With a = 1 and p = 1 it is batch normalisation.
 
     Source: Yuan et al., Robust Test-Time Adaptation in Dynamic Scenarios, CVPR 2023, section 3.2 (robust batch
     normalization); the derivative follows from it.
@@ -85,16 +85,17 @@ class _BlendedNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         share: Tensor,
+        part: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape = channel_shape(x)
-        own_mean, centred, own_var = _centred(x)
+        own_mean, centred, own_var = _centred(x, part)
         aside = (1 - share) * (own_mean - mean.reshape(shape))
         used = (1 - share) * var.reshape(shape) + share * own_var
         rstd = torch.rsqrt(used + eps)
         scale = weight.reshape(shape) * rstd
         y = centred * scale + (aside * scale + bias.reshape(shape))
-        ctx.save_for_backward(centred, rstd, scale, aside, share)
+        ctx.save_for_backward(centred, rstd, scale, aside, share, part)
         own_mean, own_var = own_mean.reshape(-1), own_var.reshape(-1)
         ctx.mark_non_differentiable(own_mean, own_var)
         return y, own_mean, own_var
@@ -103,14 +104,19 @@ class _BlendedNorm(torch.autograd.Function):
     @once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
     def backward(
         ctx: Any, dy: Tensor, *_: Tensor | None
-    ) -> tuple[Tensor | None, None, None, Tensor, Tensor, None, None]:
-        centred, rstd, scale, aside, share = ctx.saved_tensors
+    ) -> tuple[Tensor | None, None, None, Tensor, Tensor, None, None, None]:
+        centred, rstd, scale, aside, share, part = ctx.saved_tensors
         mean_dy, mean_dot, count = _reduced(dy, centred)
         dot = mean_dot + aside * mean_dy
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy * scale + -(share * scale * mean_dy)) - centred * (share * scale * rstd * rstd * dot)
-        return dx, None, None, (dot * rstd).reshape(-1) * count, mean_dy.reshape(-1) * count, None, None
+            by_mean, by_var = -(share * scale * mean_dy), share * scale * rstd * rstd * dot
+            if part is None:
+                dx = (dy * scale + by_mean) - centred * by_var
+            else:
+                dx = dy * scale + part * (by_mean - centred * by_var)
+        dweight, dbias = (dot * rstd).reshape(-1) * count, mean_dy.reshape(-1) * count
+        return dx, None, None, dweight, dbias, None, None, None
 
 
 class _Renorm(torch.autograd.Function):
@@ -153,12 +159,18 @@ class _Renorm(torch.autograd.Function):
         return dx, None, None, (dot * rstd).reshape(-1) * count, mean_dy.reshape(-1) * count, None
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, x - mean and biased variance over all axes but the channel, which are kept as axes of length 1."""
+def _centred(x: Tensor, part: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, x - mean and biased variance over all axes but the channel, which are kept as axes of length 1.
+
+    Args:
+        x: [N, C, ...].
+        part: [N, 1, ...] with mean 1, how much each sample counts; None: all alike.
+    """
     axes = _channel_axes(x)
-    mean = x.mean(axes, keepdim=True)
+    mean = (x if part is None else x * part).mean(axes, keepdim=True)
     centred = x - mean
-    return mean, centred, (centred * centred).mean(axes, keepdim=True)
+    squares = centred * centred
+    return mean, centred, (squares if part is None else squares * part).mean(axes, keepdim=True)
 
 
 def _reduced(dy: Tensor, centred: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -212,7 +224,14 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
 
 
 def blended_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, share: Tensor, eps: float
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    share: Tensor,
+    eps: float,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalises by (1 - share) * running + share * batch statistics; y's gradient flows through the batch's part.
 
@@ -224,11 +243,15 @@ def blended_norm(
         bias: [C].
         share: 0-d, of the batch; no gradient.
         eps: added to the variance.
+        samples: [N], >= 0, how much each counts in the batch's statistics; None: all alike.
 
     Returns:
         y like x, the batch's mean [C] and biased variance [C], without a gradient.
     """
-    return _BlendedNorm.apply(x, mean, var, weight, bias, share, eps)  # type: ignore[no-any-return, no-untyped-call]
+    part = None
+    if samples is not None:
+        part = (samples / samples.mean()).reshape([-1] + [1] * (x.dim() - 1))
+    return _BlendedNorm.apply(x, mean, var, weight, bias, share, part, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def renorm(

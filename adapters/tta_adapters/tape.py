@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from tta_adapters import normalise
 from tta_adapters.attention import attention
-from tta_adapters.base import Statistics
+from tta_adapters.base import Blend, Statistics
 
 
 def join(prefix: str, attribute: str) -> str:
@@ -101,15 +101,16 @@ class Tape(TorchFunctionMode):
                 y, mean, var = normalise.renorm(x, running_mean, running_var, weight, bias, eps)
             self.recorded[layer] = (mean, var)
             return y
-        if _wants_gradient(x, weight, bias):
+        blend = self._statistics
+        share, samples = blend if isinstance(blend, Blend) else (blend, None)
+        if samples is not None or _wants_gradient(x, weight, bias):
             y, mean, var = normalise.blended_norm(
-                x, running_mean, running_var, weight, bias, self._statistics, eps
+                x, running_mean, running_var, weight, bias, share, eps, samples
             )
             self.recorded[layer] = (mean, var)
             return y
         mean, var = normalise.moments(x)
         self.recorded[layer] = (mean.detach(), var.detach())
-        share = self._statistics
         mean, var = (1 - share) * running_mean + share * mean, (1 - share) * running_var + share * var
         return normalise.scale_shift(x, mean, var, weight, bias, eps)
 

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from tta_adapters.base import Batch, Calibrated, Method, State, Step, init_state
 from tta_adapters.network import NetworkAdapter
-from tta_adapters.norm import NormAdapter
+from tta_adapters.shelf import make_adapter
 
 SHARPNESS = {"batch": 40.0, "group": 15.0, "layer": 50.0, "rms": 50.0}
 """Factors on the small networks' classifiers: mean entropies between 0.1 and 0.4 of ln C."""
+
+PATIENCE = 16
+"""Steps of six samples within which a method that trains must have moved theta."""
 
 MakeMethod = Callable[[NetworkAdapter], Method]
 
@@ -83,22 +86,23 @@ def small_networks() -> dict[str, nn.Module]:
     return networks
 
 
-def check_method(make: MakeMethod) -> None:
+def check_method(make: MakeMethod, *, adapter: str = "norm") -> None:
     """Runs every check of the contract on every small network the method accepts.
 
     Args:
         make: builds the method over an adapter, e.g. ``lambda adapter: Tent(adapter, lr=0.01)``. It may refuse an
             adapter by ValueError (a method that needs BatchNorm); it must accept at least one. One that needs source
             images is calibrated on random ones.
+        adapter: that the small networks get, a key of ``tta_adapters.ADAPTERS``.
 
     Raises:
         MethodContractError: names the network, the check, and what was found.
     """
     accepted = 0
     for name, network in small_networks().items():
-        adapter = NormAdapter(network, input_shape=(3, 8, 8))
+        adapted = make_adapter(adapter, network, input_shape=(3, 8, 8))
         try:
-            method = make(adapter)
+            method = make(adapted)
         except ValueError:
             continue
         accepted += 1
@@ -107,7 +111,7 @@ def check_method(make: MakeMethod) -> None:
             method.calibrate([torch.rand([8, 3, 8, 8], generator=generator) for _ in range(2)])
         sizes = (6, 6, 6, 6, max(4, method.spec.min_batch))
         batches = tuple(torch.rand([size, 3, 8, 8], generator=generator) for size in sizes)
-        theta = adapter.source_theta()
+        theta = adapted.source_theta()
         case = Case(method, theta, init_state(method.spec, theta), batches)
         for check in CHECKS:
             for complaint in check(case):
@@ -174,9 +178,13 @@ def results_are_finite_and_detached(case: Case) -> Iterator[str]:
 
 
 def trains_as_declared(case: Case) -> Iterator[str]:
-    """A method that trains moves theta; one that does not leaves theta and state alone."""
-    out = case.step(case.batches[0], case.theta, case.state)
-    moved = not torch.equal(out.theta, case.theta)
+    """A method that trains moves theta, at once or after it has gathered samples; one that does not never does."""
+    theta, state = case.theta, case.state
+    for _ in range(PATIENCE):
+        out = case.step(case.batches[0], theta, state)
+        moved, theta, state = not torch.equal(out.theta, theta), out.theta, out.state
+        if moved:
+            break
     if moved != case.method.spec.trains:
         yield f"theta {'moved' if moved else 'did not move'}, spec.trains is {case.method.spec.trains}"
 

@@ -28,6 +28,7 @@ OPTION_DOCS = {
     "skip": "tensors that are not trained, as patterns separated by spaces",
     "views": "random views of which the teacher's mean is taken",
     "loss": "`ce`, or `sce` for the symmetric form",
+    "memory": "places of the memory, and after how many images it learns",
     "supports": "features kept for each class",
     "neighbours": "which neighbour's distance sets the width of the affinity",
     "iterations": "of the smoothing",

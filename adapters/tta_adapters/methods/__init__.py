@@ -12,6 +12,7 @@ from tta_adapters.methods.lame import Lame
 from tta_adapters.methods.norm import Norm
 from tta_adapters.methods.rdumb import Rdumb
 from tta_adapters.methods.roid import Roid
+from tta_adapters.methods.rotta import Rotta
 from tta_adapters.methods.sar import Sar
 from tta_adapters.methods.source import Source
 from tta_adapters.methods.t3a import T3a
@@ -31,6 +32,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "rdumb": Rdumb,
     "roid": Roid,
     "cotta": Cotta,
+    "rotta": Rotta,
     "lame": Lame,
     "t3a": T3a,
     "zoa": Zoa,
