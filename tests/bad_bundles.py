@@ -369,6 +369,7 @@ _GROUPS: list[tuple[str, type[TtaError], bool, dict[str, tuple[Any, ...]]]] = [
         {
             "theta port too small": (put(*_STEP, "inputs", 2, "shape", value=[23]), "23", "24"),
             "unknown bind": (put(*_STEP, "inputs", 2, "bind", value="params"), "params"),
+            "target of another shape": (put(*_STEP, "inputs", 1, "key", value="target"), "weight", "3"),
             "bind without key": (put(*_STEP, "inputs", 0, "key", value=""),),
             "two ports for theta": (put(*_STEP, "inputs", 4, "bind", value="theta"),),
             "two ports of one name": (put(*_STEP, "inputs", 4, "name", value="theta"),),

@@ -249,9 +249,9 @@ class EagerRoid(Eager):
         self.average = 0.9 * self.average + 0.1 * p.mean(0)
         q = logits.softmax(1).clip(max=0.99)
         likelihood = -(q * torch.log(q / (1 - q) + 1e-5)).sum(1)
-        other = self.network(self.view(x))
-        consistency = 0.5 * soft_cross_entropy(other, logits) + 0.5 * soft_cross_entropy(logits, other)
-        ((weight * (likelihood + consistency)).sum() / count).backward()
+        other, here = self.network(self.view(x[~dropped])), logits[~dropped]
+        consistency = 0.5 * soft_cross_entropy(other, here) + 0.5 * soft_cross_entropy(here, other)
+        (((weight * likelihood).sum() + (weight[~dropped] * consistency).sum()) / count).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
@@ -277,8 +277,9 @@ class EagerCotta(Eager):
         confidence: float,
         decay: float = 0.999,
         symmetric: bool = False,
+        adam: bool = False,
     ) -> None:
-        super().__init__(network, lr=lr)
+        super().__init__(network, lr=lr, adam=adam)
         self.anchor, self.teacher = (Eager(network, lr=lr) for _ in range(2))
         self.confidence, self.decay, self.symmetric = confidence, decay, symmetric
         self.used_views = 0

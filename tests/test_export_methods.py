@@ -14,7 +14,7 @@ from exported import options
 from networks import NETWORKS
 from tta_adapters import METHODS
 from tta_exporters.build import BuildOptions, InputOptions, build
-from tta_exporters.check import example_batch
+from tta_exporters.check import example_batch, example_target
 from tta_exporters.errors import OptionError
 from tta_exporters.parity import parity, reference
 from tta_exporters.preprocess import Preprocess
@@ -47,7 +47,7 @@ def compare(name: str, method: str, out: Path) -> dict[str, float]:
     report = parity(model, reference(sharp(name), wanted, method), batches)
     report.require()
     assert report.steps == STEPS
-    return dict(model.step(batches[0]).report)
+    return dict(model.step(batches[0], target=example_target(model, 8, 0)).report)
 
 
 NEW = [name for name in METHODS if name not in ("source", "norm", "tent")]  # those: test_export_parity.py

@@ -65,6 +65,8 @@ def test_a_method_costs_what_its_spec_and_its_docstring_say(variant: str) -> Non
     batch, state = Batch(x, torch.ones(len(x))), init_state(spec, theta)
     anchor, rand = method.anchor(), torch.rand(spec.rand)
     handle = adapter.module.register_forward_pre_hook(count)
+    if spec.target:
+        batch = batch._replace(target=torch.randn(len(x), 7))
     method.step(batch, theta, state, anchor, spec.default_hyper(), rand)
     handle.remove()
     if spec.steps:

@@ -29,10 +29,12 @@ class Batch(NamedTuple):
         x: [batch, ...], the input as the bundle's input spec declares it.
         weight: [batch] float32, >= 0. A gate refuses a sample by weight 0; the sample still passes through the
             network (and so through batch statistics) but contributes nothing to the objective.
+        target: [batch, classes] float32, a teacher's logits, for a method whose spec asks for them; else None.
     """
 
     x: Tensor
     weight: Tensor
+    target: Tensor | None = None
 
 
 class Step(NamedTuple):
@@ -122,6 +124,7 @@ class MethodSpec:
         min_batch: smallest batch whose statistics mean anything to the method.
         serve_vector: what serves between steps: "theta", or "state:NAME" for a vector held in the state (a teacher).
         rand: number of uniform random numbers in [0, 1) the host must supply per step.
+        target: whether a step needs a teacher's logits beside the images.
         forwards: passes through the network for each sample of one step; None where the author does not say.
         backwards: passes back through it, likewise.
     """
@@ -137,6 +140,7 @@ class MethodSpec:
     min_batch: int = 1
     serve_vector: str = "theta"
     rand: int = 0
+    target: bool = False
     forwards: float | None = None
     backwards: float | None = None
 

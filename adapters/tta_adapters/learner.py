@@ -130,7 +130,8 @@ class Learner:
             tensors: theta by name.
             x: [batch, ...].
             setting: hyper values by name.
-            samples: [batch], >= 0, how much each counts in the batch's statistics; only where these are "ema".
+            samples: [batch], >= 0, how much each counts in the batch's statistics, not all 0; where these are
+                "ema" or "batch".
             forward: the adapter's own, with further arguments bound; by default as it is.
         """
         mode = self.statistics
@@ -138,6 +139,8 @@ class Learner:
         if mode == "ema":
             rate = setting["ema"] if self.follows else torch.zeros(())
             statistics = rate if samples is None else Blend(rate, samples)
+        elif mode == "batch" and samples is not None:
+            statistics = Blend(torch.ones(()), samples)
         else:
             statistics = mode
         return (forward or self.adapter.forward)(tensors, x, statistics=statistics)

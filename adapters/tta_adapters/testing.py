@@ -50,8 +50,14 @@ class Case:
         rand = torch.rand(spec.rand, generator=torch.Generator().manual_seed(7))
         weight = torch.ones(len(x)) if weight is None else weight
         return self.method.step(
-            Batch(x, weight), theta, state, self.method.anchor(), spec.default_hyper(), rand
+            self.batch(x, weight), theta, state, self.method.anchor(), spec.default_hyper(), rand
         )
+
+    def batch(self, x: Tensor, weight: Tensor) -> Batch:
+        """The batch, with a teacher's logits where the method asks for them."""
+        if not self.method.spec.target:
+            return Batch(x, weight)
+        return Batch(x, weight, 3 * torch.randn([len(x), 5], generator=torch.Generator().manual_seed(9)))
 
 
 def small_networks() -> dict[str, nn.Module]:
@@ -218,7 +224,7 @@ def logits_are_as_declared(case: Case) -> Iterator[str]:
     x = case.batches[0]
     spec = case.method.spec
     still = torch.tensor([0.0 if entry.name == "lr" else entry.default for entry in spec.hyper])
-    batch = Batch(x, torch.ones(len(x)))
+    batch = case.batch(x, torch.ones(len(x)))
     rand = torch.rand(spec.rand, generator=torch.Generator().manual_seed(7))
     frozen = case.method.step(batch, case.theta, case.state, case.method.anchor(), still, rand)
     if not torch.equal(frozen.logits, case.step(x, case.theta, case.state).logits):

@@ -100,7 +100,7 @@ class BuildOptions:
         input: see :class:`InputOptions`.
         classes: length of the logits.
         methods: names, or "FILE.py:Class" for one of the user's own (the file is executed); the first that trains
-            or moves statistics becomes the default.
+            or moves statistics, and needs no teacher for it, becomes the default.
         settings: options by method name and option name.
         adapter: what theta is, a key of ``tta_adapters.ADAPTERS``.
         adapter_settings: its options by name.
@@ -390,7 +390,10 @@ def _write(
         graphs=graphs,
         methods={name: _describe(name, method.spec) for name, method in methods.items()},
         default_method=options.default_method
-        or next((name for name, method in methods.items() if method.spec.trains), next(iter(methods))),
+        or next(
+            (name for name, method in methods.items() if method.spec.trains and not method.spec.target),
+            next(iter(methods)),
+        ),
         provenance={
             "tta-runtime": __version__,
             "torch": str(torch.__version__),
@@ -471,9 +474,12 @@ def _step_graph(
     source = adapter.source_theta()
     state = init_state(method.spec, source)
     anchor = method.anchor()
+    example = torch.randn([EXAMPLE_BATCH, options.classes], generator=torch.Generator().manual_seed(0))
+    targets = [("target", "batch", "target", example, True)] if method.spec.target else []
     inputs: list[tuple[str, str, str, Tensor, bool]] = [
         ("x", "batch", "x", options.input.example(EXAMPLE_BATCH), True),
         ("weight", "batch", "weight", torch.ones(EXAMPLE_BATCH), True),
+        *targets,
         ("theta", "theta", "", source, False),
         *((f"state.{key}", "state", key, value, False) for key, value in state.items()),
         *((f"anchor.{key}", "anchor", key, value, False) for key, value in anchor.items()),
@@ -495,7 +501,7 @@ def _step_graph(
         }
         given_state: State = {key: given["state", key] for key in state}
         out = method.step(
-            Batch(given["batch", "x"], given["batch", "weight"]),
+            Batch(given["batch", "x"], given["batch", "weight"], given.get(("batch", "target"))),
             given["theta", ""],
             given_state,
             {key: given["anchor", key] for key in anchor},

@@ -65,6 +65,14 @@ def example_batch(spec: InputSpec, batch: int, seed: int) -> NDArray[np.float32]
     return x.astype(np.uint8) if spec.dtype == "uint8" else x.astype(np.float32)
 
 
+def example_target(model: Model, batch: int, seed: int) -> NDArray[np.float32] | None:
+    """Logits [batch, classes] of a teacher that is sure of something, or None where the method has no teacher."""
+    if not model.takes_target:
+        return None
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    return 3 * generator.standard_normal((batch, model.manifest.classes), dtype=np.float32)
+
+
 def _attempt(graph: str, check: str, run: Callable[[], str]) -> Check:
     try:
         return Check(graph, check, True, run())
@@ -91,7 +99,8 @@ def _run(bundle: Bundle, method: str) -> str:
     sizes = _sizes(model.spec)
     for size in sizes:
         x = example_batch(model.manifest.input, size, seed=size)
-        for name, logits in (("serves", model.predict(x).logits), ("steps", model.adapt(x).logits)):
+        step = model.adapt(x, target=example_target(model, size, seed=size))
+        for name, logits in (("serves", model.predict(x).logits), ("steps", step.logits)):
             if not np.isfinite(logits).all():
                 raise CheckFailed(
                     f"the logits with which {method} {name} a batch of {size} are not finite",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tta_adapters.base import Batch, Method, init_state
 from tta_exporters.build import BuildOptions, prepare
+from tta_exporters.check import example_target
 from tta_exporters.errors import ParityError
 from tta_runtime import Model
 from tta_runtime.numerics import uniforms
@@ -140,8 +141,13 @@ def parity(
     eager_errors: dict[str, float] = {}
     for x in batches:
         rand = torch.from_numpy(uniforms(model.seed, model.steps, oracle.spec.rand)).double()
-        found = model.step(x)
-        batch = Batch(torch.from_numpy(x), torch.ones(len(x), dtype=torch.float64))
+        target = example_target(model, len(x), model.steps)
+        found = model.step(x, target=target)
+        batch = Batch(
+            torch.from_numpy(x),
+            torch.ones(len(x), dtype=torch.float64),
+            None if target is None else torch.from_numpy(target).double(),
+        )
         before = theta, state
         expected = oracle.step(batch, theta, state, anchor, hyper, rand)
         theta = expected.theta.detach()
@@ -152,7 +158,7 @@ def parity(
             errors.setdefault(name, []).append(relative_error(value, wanted[name]))
         if yardstick is not None:
             single = yardstick.step(
-                Batch(batch.x, batch.weight.float()),
+                Batch(batch.x, batch.weight.float(), None if batch.target is None else batch.target.float()),
                 before[0].float(),
                 {key: value.float() for key, value in before[1].items()},
                 {key: value.float() for key, value in anchor.items()},

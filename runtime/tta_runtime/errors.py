@@ -238,6 +238,24 @@ class WeightUnsupported(InputError):
     code = "weight-unsupported"
 
 
+class BadTarget(InputError):
+    """The teacher's logits are not finite float32 values, one row for each sample and one column for each class."""
+
+    code = "bad-target"
+
+
+class TargetMissing(InputError):
+    """The method learns from a teacher's logits and was given none."""
+
+    code = "target-missing"
+
+
+class TargetUnsupported(InputError):
+    """The method's step takes no teacher's logits."""
+
+    code = "target-unsupported"
+
+
 class BatchTooSmall(InputError):
     """The method needs more samples for one step."""
 

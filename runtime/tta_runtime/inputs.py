@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import is_finite
-from .errors import BadWeight, EmptyBatch, NonFinite, TooLarge, WrongDtype, WrongShape
+from .errors import BadTarget, BadWeight, EmptyBatch, NonFinite, TooLarge, WrongDtype, WrongShape
 from .manifest import InputSpec
 
 
@@ -86,6 +86,35 @@ def check_weight(weight: NDArray[np.float32] | None, batch: int) -> NDArray[np.f
     if not (is_finite(weight) and (weight >= 0).all()):
         raise BadWeight("weight holds a negative value, NaN or Inf", "Use 0 to refuse a sample, 1 to take it")
     return np.ascontiguousarray(weight)
+
+
+def check_target(target: NDArray[np.float32], batch: int, classes: int) -> NDArray[np.float32]:
+    """The teacher's logits for a batch as a C-contiguous array.
+
+    Args:
+        target: [batch, classes] float32, finite.
+        batch: the number of samples.
+        classes: the number of classes.
+
+    Raises:
+        BadTarget: anything else.
+    """
+    shape = (batch, classes)
+    if not isinstance(target, np.ndarray) or target.dtype != np.float32 or target.shape != shape:
+        kind = (
+            f"{target.dtype} {list(target.shape)}"
+            if isinstance(target, np.ndarray)
+            else type(target).__name__
+        )
+        raise BadTarget(
+            f"target is {kind}, expected float32 {list(shape)}", "Give a teacher's logits for each sample"
+        )
+    if not is_finite(target):
+        bad = int(np.argmin(np.isfinite(target).all(axis=1)))
+        raise BadTarget(
+            f"target holds NaN or Inf, first in sample {bad}", "Leave that sample out, or repair the teacher"
+        )
+    return np.ascontiguousarray(target)
 
 
 def _fits(want: list[int | str], got: tuple[int, ...]) -> bool:

@@ -80,7 +80,7 @@ class Port(Struct, frozen=True, kw_only=True):
     bind: str
     """Inputs: batch, theta, state, anchor, hyper, rand. Outputs: logits, features, theta, state, report."""
     key: str = ""
-    """For batch: "x" or "weight"; for state and anchor: the array's name."""
+    """For batch: "x", "weight" or "target"; for state and anchor: the array's name."""
 
 
 class Graph(Struct, frozen=True, kw_only=True):

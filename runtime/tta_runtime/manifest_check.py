@@ -300,6 +300,7 @@ def _check_use(manifest: Manifest, name: str, method: MethodSpec, key: str, grap
     if step:
         expected |= {
             ("batch", "weight"): ("float32", [batch]),
+            ("batch", "target"): ("float32", [batch, manifest.classes]),
             ("hyper", ""): ("float32", [len(method.hyper)]),
             ("rand", ""): ("float32", [method.rand]),
             ("report", ""): ("float32", [len(method.report)]),

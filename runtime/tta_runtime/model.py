@@ -33,6 +33,8 @@ from .errors import (
     NonFiniteState,
     StaleBase,
     StateUnwritable,
+    TargetMissing,
+    TargetUnsupported,
     UnknownHyper,
     UnknownMethod,
     WeightUnsupported,
@@ -248,6 +250,11 @@ class Model:
         return self._step is not None and any(p.key == "weight" for p in self._step.spec.inputs)
 
     @property
+    def takes_target(self) -> bool:
+        """Whether a step learns from a teacher's logits, and so needs them."""
+        return self._step is not None and any(p.key == "target" for p in self._step.spec.inputs)
+
+    @property
     def digest(self) -> str:
         """Digest of the active theta; see `theta.digest`."""
         return self._facts()[1]
@@ -291,7 +298,12 @@ class Model:
 
     # -------------------------------------------------------------------------------- adapting
 
-    def step(self, x: NDArray[Any], weight: NDArray[np.float32] | None = None) -> Step:
+    def step(
+        self,
+        x: NDArray[Any],
+        weight: NDArray[np.float32] | None = None,
+        target: NDArray[np.float32] | None = None,
+    ) -> Step:
         """One step of the method on a batch; pure, nothing is changed.
 
         A method that only serves returns the prediction with theta and state as they are and an empty report.
@@ -299,14 +311,16 @@ class Model:
         Args:
             x: [batch, ...] as the manifest's input says.
             weight: [batch] float32, finite, >= 0; 0 refuses a sample. None: all 1.
+            target: [batch, classes] float32, finite: a teacher's logits, for a method that needs them.
 
         Raises:
-            InputError: the batch or the weights are refused, or the method cannot step on so few samples.
+            InputError: the batch, the weights or the targets are refused, or the method cannot step on so few samples.
             EngineFailed: the engine failed.
         """
         x = self.check_input(x)
         now = self._active
         weight = self._check_weight(weight, len(x))
+        target = self._check_target(target, len(x))
         if self._step is None:
             logits = self._predict(self._serve, x, now, self._serving(now)).logits
             return Step(logits, now.theta, now.state, {}, now)
@@ -320,7 +334,7 @@ class Model:
                 f"x has {len(x)} samples, the step of `{self.method}` is compiled for {self.spec.batch}",
                 "Collect that many samples, or only predict",
             )
-        outputs = self._run(self._step, x, weight, now, now.theta)
+        outputs = self._run(self._step, x, weight, now, now.theta, target)
         report = outputs.pop(("report", ""), np.zeros(0, np.float32))
         return Step(
             logits=outputs[("logits", "")],
@@ -351,13 +365,18 @@ class Model:
         self._last_good = now
         self._active = Checkpoint(owned(vector), state, now.steps + 1, now.seed)
 
-    def adapt(self, x: NDArray[Any], weight: NDArray[np.float32] | None = None) -> Step:
+    def adapt(
+        self,
+        x: NDArray[Any],
+        weight: NDArray[np.float32] | None = None,
+        target: NDArray[np.float32] | None = None,
+    ) -> Step:
         """`step` and `commit`.
 
         Raises:
             TtaError: what these two raise.
         """
-        step = self.step(x, weight)
+        step = self.step(x, weight, target)
         self.commit(step)
         return step
 
@@ -505,6 +524,21 @@ class Model:
             )
         return weight
 
+    def _check_target(self, target: NDArray[np.float32] | None, batch: int) -> NDArray[np.float32] | None:
+        if target is None:
+            if self.takes_target:
+                raise TargetMissing(
+                    f"the step of `{self.method}` learns from a teacher's logits, none were given",
+                    "Give them as target, or use a method that needs no teacher",
+                )
+            return None
+        if not self.takes_target:
+            raise TargetUnsupported(
+                f"the step of `{self.method}` takes no target, one for {len(target)} samples was given",
+                "Leave the target out, or use a method that learns from a teacher",
+            )
+        return inputs.check_target(target, batch, self.manifest.classes)
+
     def _check_state(self, state: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
         expected = {s.name: (s.dtype, s.shape) for s in self.spec.state}
         given = {name: (str(a.dtype), list(a.shape)) for name, a in state.items()}
@@ -524,14 +558,20 @@ class Model:
         return Prediction(outputs[("logits", "")], outputs.get(("features", "")))
 
     def _run(
-        self, engine: Engine, x: NDArray[Any], weight: Vector | None, now: Checkpoint, vector: Vector
+        self,
+        engine: Engine,
+        x: NDArray[Any],
+        weight: Vector | None,
+        now: Checkpoint,
+        vector: Vector,
+        target: Vector | None = None,
     ) -> dict[tuple[str, str], NDArray[Any]]:
         """Outputs by (bind, key): every port gets what the manifest binds it to."""
         anchor = self.engines.bundle.anchor
 
         def bound(port: Port) -> NDArray[Any]:
             if port.bind == "batch":
-                return x if port.key == "x" else cast(Vector, weight)
+                return x if port.key == "x" else cast(Vector, weight if port.key == "weight" else target)
             if port.bind == "theta":
                 return vector
             if port.bind == "state":

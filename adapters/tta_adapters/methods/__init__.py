@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from tta_adapters.base import Method
 from tta_adapters.methods.cotta import Cotta
+from tta_adapters.methods.distill import Distill
 from tta_adapters.methods.eta import Eata, Eta
 from tta_adapters.methods.lame import Lame
 from tta_adapters.methods.norm import Norm
@@ -36,6 +37,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "lame": Lame,
     "t3a": T3a,
     "zoa": Zoa,
+    "distill": Distill,
 }
 
 

@@ -23,8 +23,8 @@ LARGEST = 4096  # places of a memory
 class Rotta:
     """Answers with a slow teacher; learns on a memory that stays balanced where the stream is not.
 
-    Each image enters a memory of ``memory`` places with the teacher's prediction and its entropy (see
-    :class:`tta_adapters.memory.BalancedMemory`). After every ``memory`` images: L = mean over stored images s of
+    Each image enters a memory of ``memory`` places with the teacher's prediction and its entropy (its rule is in
+    ``tta_adapters/memory.py``). After every ``memory`` images: L = mean over stored images s of
     w * H(student(view(s)), softmax(teacher(s))), with w = exp(-age / N) / (1 + exp(-age / N)) and a random view as
     CoTTA's; one optimiser step of the student, teacher' = (1 - ``follow``) * teacher + ``follow`` * student. Both
     normalise by statistics that follow the memory at the rate ``ema`` before they are used, each by its own.
