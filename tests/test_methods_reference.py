@@ -88,7 +88,8 @@ class Ours:
 
 
 def ours(name: str, network: nn.Module, **options: Any) -> Ours:
-    method = make_method(name, NormAdapter(network), {"lr": LR, **options})
+    # The references take the learning rate as it is, whatever the batch.
+    method = make_method(name, NormAdapter(network), {"lr": LR, "lr_batch": 1.0, **options})
     if name == "eata":
         method.calibrate(FISHER)
     return Ours(method)

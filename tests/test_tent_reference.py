@@ -62,7 +62,7 @@ class EagerTent:
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet", "group_norm", "vit", "mlp"])
 def test_one_step_from_equal_state(name: str) -> None:
-    model = Model.open(built(name).path, method="tent")
+    model = Model.open(built(name).path, method="tent", hyper={"lr_batch": 1.0})
     reference = EagerTent(NETWORKS[name](), adam=False)
     start = reference.theta()
     trained = model.manifest.theta.trained

@@ -53,9 +53,13 @@ class Learner:
             running ones before they follow, with the gradient that the batch's own would have (CEMA, DELTA);
             "running": theta's, which stay. Only "batch" needs batches whose statistics mean something.
         skip: shell patterns of theta's tensors, separated by spaces, that are not trained.
+        lr_batch: batch size that the learning rate of "sgd" is for: a smaller batch steps less in proportion, a larger
+            one not more. 0: 64 for networks without BatchNorm, else 1, which scales nothing, as published. None: the
+            method does not scale.
 
     Raises:
-        ValueError: an unknown optimizer or statistics mode, or patterns that leave nothing to train.
+        ValueError: an unknown optimizer or statistics mode, a batch size below 1, or patterns that leave nothing to
+            train.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Learner:
         nesterov: bool,
         statistics: StatisticsMode = "batch",
         skip: str = "",
+        lr_batch: float | None = None,
     ) -> None:
         if statistics not in get_args(StatisticsMode):
             raise ValueError(
@@ -77,6 +82,14 @@ class Learner:
         self._optimiser = optimiser(optimizer, nesterov=nesterov)
         # The rate exists only where there is something to follow: a hyper entry without effect would be a lie.
         self.follows = statistics != "running" and adapter.has_running_statistics
+        if lr_batch is not None and lr_batch and not lr_batch >= 1:
+            raise ValueError(
+                f"{name}.lr_batch is {lr_batch:g}: a number of samples from 1, or 0 for the published one"
+            )
+        # Adam's steps do not depend on the size of the gradient, and nobody scales them.
+        self._lr_batch = None if optimizer != "sgd" else lr_batch
+        if self._lr_batch == 0:
+            self._lr_batch = 1.0 if adapter.has_running_statistics else 64.0
         self._mask = _mask(name, adapter, skip.split())
 
     @property
@@ -96,6 +109,9 @@ class Learner:
             replace(entry, default=defaults.get(entry.name, entry.default))
             for entry in self._optimiser.hyper(lr)
         )
+        if self._lr_batch is not None:
+            words = "batch size that lr is for; smaller batches step less in proportion"
+            own = (*own, Hyper("lr_batch", self._lr_batch, words, 1.0))
         follow = (Hyper("ema", ema, "rate at which running statistics follow the batch", 0.0, 1.0),)
         return own + (follow if self.follows else ())
 
@@ -173,6 +189,9 @@ class Learner:
             seen: 0-d bool: whether any sample was accepted at all; else the statistics stay as well.
         """
         delta, moved = self._optimiser.update(grad, state, setting)
+        if self._lr_batch is not None:
+            share = torch.ones_like(out.logits[:, 0]).detach().sum() / setting["lr_batch"]
+            delta = delta * torch.minimum(share, torch.ones_like(share))
         trained, running = theta[: self.adapter.trained], theta[self.adapter.trained :]
         trained = torch.where(learns, trained + self.masked(delta), trained)
         gap = torch.zeros(())

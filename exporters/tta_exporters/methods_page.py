@@ -112,7 +112,7 @@ def _facts(constructor: Callable[..., Method]) -> dict[str, str]:
 def _default(spec: MethodSpec, key: str, value: OptionValue) -> str:
     setting = {entry.name: entry.default for entry in spec.hyper}.get(key)
     if setting is not None and setting != value:
-        return f"by classes: {setting:g} for 10"
+        return f"by network: {setting:g} for BatchNorm and ten classes"
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else value or "none"

@@ -28,6 +28,8 @@ class Lame:
     Trained: nothing. Forwards / backwards per sample: 1 / 0. Needs source data: no. Returns adjusted
     log-probabilities.
 
+    Defaults: five neighbours, as published, for any architecture. No threshold, no learning rate.
+
     Source: Boudiaf et al., Parameter-free Online Test-time Adaptation, CVPR 2022, eq. 2 to 6.
     """
 

@@ -24,6 +24,8 @@ class Norm:
     Trained: nothing; theta's statistics move. Forwards / backwards per sample: 1 / 0. Needs source data: no.
     Returns the logits computed with the blended statistics of this step.
 
+    Defaults: the batch alone, for batches of 16 and more of any BatchNorm network; ``blend`` 0.1 for single images.
+
     Source: Schneider et al., Improving robustness against common corruptions by covariate shift adaptation, NeurIPS
     2020, section 3; Nado et al., Evaluating Prediction-Time Batch Normalization, 2020.
     """

@@ -23,6 +23,8 @@ class Rdumb(Eta):
     Trained: norm affine. Forwards / backwards per sample: 1 / 1. Needs source data: no. Returns the logits of theta
     *before* the update (after the return, where there is one).
 
+    Defaults: as ETA's; 1000 steps, as published at batch 64 for ResNet-50.
+
     Source: Press et al., RDumb: A simple approach that questions our progress in continual test-time adaptation,
     NeurIPS 2023, section 4.
     """
@@ -36,6 +38,7 @@ class Rdumb(Eta):
         optimizer: str = "sgd",
         nesterov: bool = False,
         lr: float = 1e-3,
+        lr_batch: float = 0.0,
         ema: float = 0.1,
         margin: float = 0.4,
         redundancy: float = 0.0,
@@ -48,6 +51,7 @@ class Rdumb(Eta):
             optimizer=optimizer,
             nesterov=nesterov,
             lr=lr,
+            lr_batch=lr_batch,
             ema=ema,
             margin=margin,
             redundancy=redundancy,

@@ -26,6 +26,8 @@ class T3a:
     Trained: nothing. Forwards / backwards per sample: 1 / 0. Needs source data: no. Returns logits of the prototypes,
     this batch's features among them.
 
+    Defaults: 20 supports for any architecture; others take up to 100. No threshold, no learning rate.
+
     Source: Iwasawa and Matsuo, Test-Time Classifier Adjustment Module for Model-Agnostic Domain Generalization,
     NeurIPS 2021, eq. 4 to 6.
     """

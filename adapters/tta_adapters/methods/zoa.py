@@ -26,6 +26,8 @@ class Zoa:
     Trained: norm affine. Forwards / backwards per sample: 2 / 0. Needs source data: a few hundred unlabelled
     images, once, when the bundle is built. Returns the logits of theta *before* the update.
 
+    Defaults: SGD 5e-4 without momentum and c = 0.02 for any architecture. No threshold.
+
     Source: Deng et al., Test-Time Model Adaptation for Quantized Neural Networks, ACM MM 2025, section 3 (arXiv
     2508.02180).
     """
