@@ -272,7 +272,9 @@ def test_zoa_goes_down_on_average() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_over_a_whole_corruption_the_predictions_agree(name: str) -> None:
+def test_over_a_whole_corruption_the_predictions_agree(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
     """5,000 images of gaussian noise at severity 5, batch 64, resnet8_bn: fewer than 0.1 % differ."""
     from tta_edge.streams.shifts import corrupt
 
@@ -290,4 +292,5 @@ def test_over_a_whole_corruption_the_predictions_agree(name: str) -> None:
         differ += int((mine.step(x).argmax(1) != reference.step(x).argmax(1)).sum())
         total += len(x)
     assert total == 5000
+    record_property("predictions that differ", differ)
     assert differ / total < 1e-3, f"{differ} of {total} predictions differ"

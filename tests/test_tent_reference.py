@@ -7,7 +7,7 @@ and shares no code with tta_adapters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +109,9 @@ def gaussian_noise(count: int) -> Iterator[NDArray[np.float32]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adam", [True, False])
-def test_over_a_whole_corruption_the_predictions_agree(adam: bool, tmp_path: Path) -> None:
+def test_over_a_whole_corruption_the_predictions_agree(
+    adam: bool, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     source = f"{require_shared_data('weights', 'models.py')}:resnet8_bn"
     network = load_network(source, require_shared_data("weights", "cifar10_resnet8_bn.safetensors"))
     options = BuildOptions(
@@ -127,4 +129,5 @@ def test_over_a_whole_corruption_the_predictions_agree(adam: bool, tmp_path: Pat
         disagree += int((ours != theirs).sum())
         total += len(x)
     assert total == 5000
+    record_property("predictions that differ", disagree)
     assert disagree / total < 1e-3, f"{disagree} of {total} predictions differ"
