@@ -17,6 +17,8 @@ from snapshots import unchanged
 from test_statistics import Renormalisation, warm, with_norms
 from tta_adapters import NormAdapter, make_method
 from tta_adapters.base import Batch, Step, init_state
+from tta_edge.config import BundleConfig, Config
+from tta_edge.hosting import load
 from tta_exporters.build import build
 from tta_exporters.check import check_bundle, example_batch
 from tta_runtime import Model, errors
@@ -86,7 +88,7 @@ class Eager:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.loss = float(loss)
+        self.loss = float(loss.detach())
         return logits.detach()
 
 
@@ -225,6 +227,17 @@ def test_a_method_without_a_teacher_refuses_one(bundle: Path) -> None:
         x = example_batch(model.manifest.input, 4, 0)
         with unchanged(bundle, model), pytest.raises(errors.TargetUnsupported, match="4 samples"):
             model.adapt(x, target=GOOD)
+
+
+def test_a_daemon_has_no_teacher_and_says_so_before_it_serves(bundle: Path) -> None:
+    with unchanged(bundle), pytest.raises(errors.MethodNeedsTeacher, match="adapts by itself: tent"):
+        load("default", BundleConfig(path=str(bundle), method="distill"), Config())
+    assert load("default", BundleConfig(path=str(bundle)), Config()).method == "tent"
+
+
+def test_methods_that_adapt_by_themselves_can_be_told_apart(bundle: Path) -> None:
+    known = Model.open(bundle).manifest
+    assert {name: known.needs_target(name) for name in known.methods} == {"distill": True, "tent": False}
 
 
 @pytest.mark.parametrize("shape", [["batch"], ["batch", CLASSES + 1], [CLASSES, "batch"]])

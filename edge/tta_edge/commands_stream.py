@@ -285,7 +285,9 @@ def evaluate(
     _warn_of_sorted(source, shuffle)
     opened = Bundle.open(bundle if bundle is not None else builtin_bundle())
     names = (
-        list(opened.manifest.methods) if methods is None else [name.strip() for name in methods.split(",")]
+        [name for name in opened.manifest.methods if not opened.manifest.needs_target(name)]
+        if methods is None
+        else [name.strip() for name in methods.split(",")]
     )
     plan = Plan(
         source, parsed, names,

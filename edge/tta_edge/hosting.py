@@ -16,7 +16,7 @@ from tta_runtime import Limits
 from tta_runtime.bundle import Bundle
 from tta_runtime.engine import Engine, EngineOptions
 from tta_runtime.engine_ort import OrtEngine
-from tta_runtime.errors import BadValue, UnknownMethod, did_you_mean
+from tta_runtime.errors import BadValue, MethodNeedsTeacher, UnknownMethod, did_you_mean
 from tta_runtime.model import Engines, Model
 
 log = logging.getLogger(__name__)
@@ -128,12 +128,18 @@ def load(name: str, bundle: BundleConfig, config: Config, *, before: Host | None
 
     Raises:
         BundleError: the bundle is refused.
-        MethodError: it has no such method or hyper-parameter.
+        MethodError: it has no such method or hyper-parameter, or the method learns from a teacher.
         EngineError: this machine cannot run its graphs.
     """
     opened = Bundle.open(bundle.path)
     known = opened.manifest.methods
     method = bundle.method or opened.manifest.default_method
+    if method in known and opened.manifest.needs_target(method):
+        alone = [other for other in known if not opened.manifest.needs_target(other)]
+        raise MethodNeedsTeacher(
+            f"method `{method}` learns from a teacher's logits, and a daemon has none",
+            f"Choose one that adapts by itself: {', '.join(alone) or 'build the bundle with one'}",
+        )
     threads = divide(config, usable_cores())
     if before is not None and (before.engines.bundle.digest, before.method) == (opened.digest, method):
         engines = before.engines

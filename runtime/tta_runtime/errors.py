@@ -365,7 +365,7 @@ class StateUnwritable(StateError):
 
 
 class MethodError(TtaError):
-    """A method or one of its hyper-parameters is unknown."""
+    """A method or one of its hyper-parameters is unknown, or the method is none for this purpose."""
 
     code = "method"
 
@@ -380,6 +380,12 @@ class UnknownHyper(MethodError):
     """The method has no hyper-parameter of that name."""
 
     code = "unknown-hyper"
+
+
+class MethodNeedsTeacher(MethodError):
+    """The method learns from a teacher's logits where there is no teacher."""
+
+    code = "method-needs-teacher"
 
 
 class ConfigError(TtaError):

@@ -175,6 +175,13 @@ class Manifest(Struct, frozen=True, kw_only=True):
     """Every file of the bundle but manifest.json."""
     provenance: dict[str, str] = {}
 
+    def needs_target(self, method: str) -> bool:
+        """Whether a method's steps learn from a teacher's logits: then it cannot adapt by itself."""
+        step = self.methods[method].step
+        return step is not None and any(
+            (port.bind, port.key) == ("batch", "target") for port in self.graphs[step].inputs
+        )
+
 
 class _Header(msgspec.Struct, frozen=True):
     """The two keys that say whether the rest can be understood."""

@@ -35,6 +35,8 @@ class Rotta:
     batch smaller than the memory computes an update that it may not use: its cost below is that of batches of
     ``memory`` images, and 1 + 2 * ``memory`` / batch forwards in general.
 
+    The memory belongs to the state of each stream: 64 images of 3x32x32 are 0.8 MB there, of 3x224x224 39 MB.
+
     Works on single images and on sorted streams; made for BatchNorm. Other networks have no statistics to follow and
     learn their norm affine all the same.
 
