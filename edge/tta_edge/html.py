@@ -31,14 +31,15 @@ def document(title: str, sections: Sequence[str]) -> str:
     )
 
 
-def section(heading: str, *parts: str) -> str:
-    """A part of the page under a heading, which is text and occurs once.
+def section(heading: str, *parts: str, name: str = "") -> str:
+    """A part of the page under a heading.
 
     Args:
         heading: text.
         parts: HTML.
+        name: of the section, once on a page; by default the heading in plain letters.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
+    name = name or re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
     return (
         f'<section aria-labelledby="{name}">\n<h2 id="{name}">{escape(heading)}</h2>\n'
         + "\n".join(parts)

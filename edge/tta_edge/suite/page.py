@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -42,14 +41,17 @@ def render(summaries: Sequence[Summary], facts: Facts, *, suite: str, seed: int)
     """
     title = f"Suite {suite}: {', '.join(summary.board.model for summary in summaries)}"
     sections = [_head(summaries, facts, title, seed)]
-    for summary in summaries:
-        model = summary.board.model
+    for number, summary in enumerate(summaries):
+        parts = (
+            ("what the streams say", _lines(summary), _verdicts(summary)),
+            ("error on each stream", _legend(), _errors(summary)),
+            ("label-correlated and single samples", _shares(summary)),
+            ("after each shift of the long stream", _returns(summary)),
+            ("along the streams", *_curves(summary, f"model-{number}")),
+        )
         sections += [
-            html.section(f"{model}: what the streams say", _lines(summary), _verdicts(summary)),
-            html.section(f"{model}: error on each stream", _legend(), _errors(summary)),
-            html.section(f"{model}: label-correlated and single samples", _shares(summary)),
-            html.section(f"{model}: after each shift of the long stream", _returns(summary)),
-            html.section(f"{model}: along the streams", *_curves(summary)),
+            html.section(f"{summary.board.model}: {heading}", *content, name=f"model-{number}-part-{k}")
+            for k, (heading, *content) in enumerate(parts)
         ]
     return html.document(title, [*sections, _words()])
 
@@ -174,7 +176,7 @@ def _returns(summary: Summary) -> str:
     return html.table("Samples until settled", heads, rows)
 
 
-def _curves(summary: Summary) -> list[str]:
+def _curves(summary: Summary, prefix: str) -> list[str]:
     """Plots of all streams but the single corruptions, those of like length together."""
     shown = {
         name: cells
@@ -186,12 +188,13 @@ def _curves(summary: Summary) -> list[str]:
     for name, cells in shown.items():
         # A plot has one set of players and one scale of samples: lengths between two powers of two.
         groups.setdefault((tuple(cells), lengths[name].bit_length()), []).append(name)
-    return [_plot(summary, names, players, k) for k, ((players, _), names) in enumerate(groups.items())] or [
-        "<p>Only single corruptions were played.</p>"
-    ]
+    return [
+        _plot(summary, names, players, f"{prefix}-plot-{k}")
+        for k, ((players, _), names) in enumerate(groups.items())
+    ] or ["<p>Only single corruptions were played.</p>"]
 
 
-def _plot(summary: Summary, names: Sequence[str], players: Sequence[str], number: int) -> str:
+def _plot(summary: Summary, names: Sequence[str], players: Sequence[str], slug: str) -> str:
     panels = [
         (name, [Curve(player, summary.cells[name][player].result.wrong_flags) for player in players])
         for name in names
@@ -199,14 +202,13 @@ def _plot(summary: Summary, names: Sequence[str], players: Sequence[str], number
     shortest = min(len(curve.wrong) for _, curves in panels for curve in curves)
     window = max(1, min(MAX_WINDOW, shortest // 10))
     caption = f"Error over the last {html.count(window, 'sample')} of {', '.join(names)}."
-    slug = re.sub(r"[^a-z0-9]+", "-", summary.board.model.lower())
     plot = figure.rolling_errors(
         panels,
         window=window,
         frozen=summary.board.frozen,
         title=f"Rolling error of each player, {summary.board.model}",
         description=f"{caption} One curve for each of {', '.join(players)}.",
-        name=f"rolling-{slug}-{number}",
+        name=slug,
     )
     return html.figure(plot, caption)
 
