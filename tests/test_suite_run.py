@@ -124,7 +124,9 @@ def test_damaged_images_are_refused_by_name(tmp_path):
 
 def test_methods_that_a_bundle_lacks(tmp_path):
     with pytest.raises(UnknownMethod, match="did you mean `tent`"):
-        run(plan_of(tmp_path, "clean", methods=("tnet",)), Store(None), jobs=1)
+        run(plan_of(tmp_path, "clean", methods=("source", "tnet")), Store(None), jobs=1)
+    with pytest.raises(UnknownMethod, match="did you mean `norm`"):
+        run(plan_of(tmp_path, "clean", again=("nrom",)), Store(None), jobs=1)
     with pytest.raises(SuiteOption, match="two bundles are called digits"):
         run(Plan([Seat(DIGITS, "digits")] * 2, setup_of(tmp_path, "clean")), Store(None), jobs=1)
 
@@ -309,7 +311,7 @@ def test_without_malicious_streams_the_command_says_so(tmp_path):
     [
         (["--suite", "qiuck"], 2, "did you mean `quick`"),
         (["--suite", "quick", "--streams", "sortd"], 2, "did you mean `sorted`"),
-        (["--suite", "quick", "--methods", "tnet"], 2, "did you mean `tent`"),
+        (["--suite", "quick", "--methods", "source,tnet"], 2, "did you mean `tent`"),
         (["--suite", "quick", "--batch", "64"], 2, "--batch does not go with a suite"),
         (["--suite", "quick", "--shifts", "fog:5"], 2, "--shifts does not go with a suite"),
         (["--suite", "quick", "--stream", "npz:nowhere.npz"], 4, "there is no file nowhere.npz"),

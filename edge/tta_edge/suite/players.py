@@ -1,11 +1,11 @@
 """Who answers a stream. A player is a method, bare or guarded, or whatever else gives logits for a batch.
 
-To add one, write a class with the three members of `Player` and name it in `make_player`.
+To add one, write a class with the three members of `Player` and name it in `SPECIAL`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from tta_runtime.arrays import is_finite
 from tta_runtime.bundle import Bundle
 from tta_runtime.engine import EngineOptions
 from tta_runtime.errors import NonFinite, NonFiniteState, NonFiniteTheta, did_you_mean
+from tta_runtime.manifest import Manifest
 from tta_runtime.model import Engines, Model
 
 GUARDED = "+guards"
@@ -59,6 +60,23 @@ class Player(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Special:
+    """A player that is not simply a method of the bundle.
+
+    Attributes:
+        make: name, bundle, options, seed -> the player.
+        fits: whether a bundle has what it needs.
+    """
+
+    make: Callable[[str, Bundle, EngineOptions | None, int], Player]
+    fits: Callable[[Manifest], bool]
+
+
+SPECIAL: Mapping[str, Special] = {}
+"""Players of their own, by name; they come before methods of that name."""
+
+
 def make_player(
     name: str,
     bundle: Bundle,
@@ -70,32 +88,43 @@ def make_player(
     """The player of that name.
 
     Args:
-        name: a method of the bundle, or one with `+guards` behind it.
+        name: one of `SPECIAL`, a method of the bundle, or a method with `+guards` behind it.
         bundle: opened.
         options: threads and provider.
         seed: of the method's random numbers.
-        hyper: values that replace the method's defaults.
+        hyper: values that replace a method's defaults.
 
     Raises:
         UnknownPlayer: there is none of that name for this bundle.
         TtaError: what loading the graphs raises.
     """
-    method, guarded = name.removesuffix(GUARDED), name.endswith(GUARDED)
-    if method not in bundle.manifest.methods:
+    manifest = bundle.manifest
+    if not can_play(name, manifest):
         raise UnknownPlayer(
-            f"the bundle of {bundle.manifest.model_id} has no method `{method}`"
-            + did_you_mean(method, bundle.manifest.methods),
+            f"the bundle of {manifest.model_id} has no method `{name}` that adapts by itself"
+            + did_you_mean(
+                name, [each for each in (*SPECIAL, *manifest.methods) if can_play(each, manifest)]
+            ),
             "Build it with that method, or leave it out",
         )
-    meter = Meter(bundle.manifest)
+    if name in SPECIAL:
+        return SPECIAL[name].make(name, bundle, options, seed)
+    method, guarded = name.removesuffix(GUARDED), name.endswith(GUARDED)
+    meter = Meter(manifest)
     engines = Engines.load(bundle, methods=[method], options=options, loader=meter.loader)
     model = Model(engines, method, hyper=hyper or {}, seed=seed)
     return GuardedMethod(name, model, meter) if guarded else BareMethod(name, model, meter)
 
 
-def available(names: Sequence[str], bundle: Bundle) -> tuple[str, ...]:
-    """Those of the names that the bundle has a player for, in order."""
-    return tuple(name for name in names if name.removesuffix(GUARDED) in bundle.manifest.methods)
+def can_play(name: str, manifest: Manifest) -> bool:
+    """Whether a bundle has what the player of that name needs.
+
+    A method that learns from a teacher cannot adapt by itself.
+    """
+    if name in SPECIAL:
+        return SPECIAL[name].fits(manifest)
+    method = name.removesuffix(GUARDED)
+    return method in manifest.methods and not manifest.needs_target(method)
 
 
 class BareMethod:

@@ -13,7 +13,7 @@ from typing import Any
 from tta_edge.evaluate import is_frozen
 from tta_edge.suite.catalogue import StreamSpec
 from tta_edge.suite.errors import SuiteOption
-from tta_edge.suite.players import available
+from tta_edge.suite.players import SPECIAL, can_play
 from tta_edge.suite.result import Result
 from tta_edge.suite.stage import Seat, Setup, Stage
 from tta_edge.suite.store import Store
@@ -131,6 +131,7 @@ def run(
             setup = replace(setup, images=stack.enter_context(tempfile.TemporaryDirectory()))
         stages = [Stage(seat, setup) for seat in plan.seats]
         _check_models(stages)
+        _check_methods((*(plan.methods or ()), *plan.again), stages)
         tables = [players_of(stage, plan.methods, setup) for stage in stages]
         playing = _to_play(stages, tables, store, plan.again)
         make = partial(_Actor, tuple(plan.seats), setup)
@@ -178,20 +179,14 @@ def players_of(
         setup: of the suite.
 
     Raises:
-        UnknownMethod: no bundle has a method that the user named; SuiteOption: the bundle has no frozen source.
+        SuiteOption: the bundle has no frozen source.
     """
     manifest = stage.bundle.manifest
     frozen = frozen_of(stage)
-    if methods is not None and not available(methods, stage.bundle):
-        raise UnknownMethod(
-            f"the bundle of {stage.model} has none of {', '.join(methods)}"
-            + did_you_mean(methods[0], manifest.methods),
-            "Name methods that it has",
-        )
     table = {}
     for spec in stage.specs:
         wanted = methods if methods is not None else (spec.players or setup.scale.methods)
-        table[spec] = tuple(dict.fromkeys((frozen, *available(wanted, stage.bundle))))
+        table[spec] = tuple(dict.fromkeys((frozen, *(name for name in wanted if can_play(name, manifest)))))
     return table
 
 
@@ -216,6 +211,20 @@ def _check_models(stages: Sequence[Stage]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise SuiteOption(f"two bundles are called {twice}", "Build one of them with another --id")
+
+
+def _check_methods(names: Sequence[str], stages: Sequence[Stage]) -> None:
+    """Refuse a name that no bundle has a player for; one that some bundles lack is left out there."""
+    manifests = [stage.bundle.manifest for stage in stages]
+    known = dict.fromkeys(
+        name for manifest in manifests for name in (*SPECIAL, *manifest.methods) if can_play(name, manifest)
+    )
+    for name in names:
+        if not any(can_play(name, manifest) for manifest in manifests):
+            raise UnknownMethod(
+                f"no bundle has a method `{name}` that adapts by itself" + did_you_mean(name, known),
+                "Name methods that one of them has",
+            )
 
 
 def _to_play(
