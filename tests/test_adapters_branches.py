@@ -344,7 +344,7 @@ def test_every_method_steps_on_every_adapter(name: str, method: str) -> None:
     theta = moved(adapter)
     state = init_state(ours.spec, theta)
     out = ours.step(
-        Batch(batch(8), torch.ones(8)),
+        Batch(batch(8), torch.ones(8), torch.rand(8, 7)),
         theta,
         state,
         ours.anchor(),

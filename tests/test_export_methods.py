@@ -13,6 +13,7 @@ from torch import nn
 from exported import options
 from networks import NETWORKS
 from tta_adapters import METHODS
+from tta_adapters.methods import ADAPTER_OF
 from tta_exporters.build import BuildOptions, InputOptions, build
 from tta_exporters.check import example_batch, example_target
 from tta_exporters.errors import OptionError
@@ -23,7 +24,11 @@ from tta_runtime import Model
 
 STEPS = 20
 IMAGES = torch.rand([96, 3, 16, 16], generator=torch.Generator().manual_seed(4))
-SETTINGS = {"cotta": {"views": "1"}, "lame": {"iterations": "10"}}
+SETTINGS = {
+    "cotta": {"views": "1"},
+    "lame": {"iterations": "10"},
+    "vida": {"views": "2", "threshold": "0.05"},
+}
 
 
 def sharp(name: str) -> nn.Module:
@@ -36,7 +41,13 @@ def sharp(name: str) -> nn.Module:
 
 def chosen(name: str, method: str) -> BuildOptions:
     settings = {method: SETTINGS[method]} if method in SETTINGS else {}
-    return dataclasses.replace(options(name, (method,), **settings), source_images=IMAGES)
+    adapter = ADAPTER_OF.get(method, "norm")
+    return dataclasses.replace(
+        options(name, (method,), **settings),
+        source_images=IMAGES,
+        adapter=adapter,
+        adapter_settings={"high": 4.0} if adapter == "vida" else {},
+    )
 
 
 def compare(name: str, method: str, out: Path) -> dict[str, float]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from networks import group_norm, resnet
-from tta_adapters import METHODS, NormAdapter, check_method, make_method
+from tta_adapters import METHODS, NormAdapter, check_method, make_adapter, make_method
 from tta_adapters.base import Batch, Calibrated, State, Step, init_state
 from tta_adapters.losses import entropy, weighted_mean
-from tta_adapters.methods import UnknownMethodError, options_of
+from tta_adapters.methods import ADAPTER_OF, UnknownMethodError, options_of
 from tta_adapters.methods.norm import Norm
 from tta_adapters.methods.tent import Tent
 from tta_adapters.optim import Adam, Sgd
@@ -36,19 +36,21 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "cotta without views": ("cotta", {"views": "0", "loss": "sce"}),
     "rotta of six": ("rotta", {"memory": "6"}),
     "t3a of one support": ("t3a", {"supports": "1"}),
+    "vida": ("vida", {"views": "2", "optimizer": "sgd"}),
+    "vida without views": ("vida", {"views": "0", "loss": "ce", "optimizer": "adam"}),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_method_keeps_the_contract(variant: str) -> None:
     name, options = VARIANTS[variant]
-    check_method(lambda adapter: make_method(name, adapter, options))
+    check_method(lambda adapter: make_method(name, adapter, options), adapter=ADAPTER_OF.get(name, "norm"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_method_costs_what_its_spec_and_its_docstring_say(variant: str) -> None:
     name, options = VARIANTS[variant]
-    adapter = NormAdapter(resnet(), input_shape=(3, 16, 16))
+    adapter = make_adapter(ADAPTER_OF.get(name, "norm"), resnet(), input_shape=(3, 16, 16))
     method = make_method(name, adapter, options)
     # What a memory costs is said of batches as large as it is.
     size = next((entry.shape[0] for entry in method.spec.state if entry.name == "memory_filled"), COST_BATCH)
@@ -72,7 +74,8 @@ def test_a_method_costs_what_its_spec_and_its_docstring_say(variant: str) -> Non
     if spec.steps:
         assert seen == spec.forwards * len(x)
     if not options:
-        text = " ".join((METHODS[name].__doc__ or "").split()).replace("3 + ``views``", "35")
+        text = " ".join((METHODS[name].__doc__ or "").split())
+        text = text.replace("3 + ``views``", "35").replace("2 + ``views``", "12")
         assert f"Forwards / backwards per sample: {spec.forwards:g} / {spec.backwards:g}." in text
 
 

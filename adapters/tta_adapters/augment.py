@@ -11,6 +11,7 @@ Source: Wang et al., Continual Test-Time Domain Adaptation, CVPR 2022, section 3
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,30 @@ def augment(x: Tensor, u: Tensor, views: Views, normal: Tensor | None = None) ->
             raise ValueError("this family of views has noise: give a normal field")
         x = x + views.noise * normal
     return x.clamp(0.0, 1.0)
+
+
+def uniforms_for(views: int, image: tuple[int, ...]) -> int:
+    """How many uniform numbers :func:`random_views` takes for views of images [channels, height, width]."""
+    return views * PARAMETERS + 2 * math.prod(image) if views else 0
+
+
+def random_views(x: Tensor, u: Tensor, views: int, family: Views = COTTA) -> Iterator[Tensor]:
+    """Several random views of a batch; their noise is one field, shifted from view to view.
+
+    Args:
+        x: [batch, 1 or 3, height, width] in 0..1.
+        u: [:func:`uniforms_for`] uniform in [0, 1).
+        views: how many.
+        family: of the views.
+
+    Yields:
+        Like x, in 0..1.
+    """
+    draws = views * PARAMETERS
+    field = normal_field(u[draws:], tuple(x.shape[1:])) if views else None
+    for k in range(views):
+        shifted = None if field is None else field.roll((3 * k, 7 * k), dims=(1, 2))
+        yield augment(x, u[k * PARAMETERS : (k + 1) * PARAMETERS], family, shifted)
 
 
 def between(u: Tensor, limits: tuple[float, float]) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from tta_adapters.base import Calibrated, Method, MethodSpec
-from tta_adapters.methods import METHODS, make_method, options_of
-from tta_adapters.norm import NormAdapter
+from tta_adapters.methods import ADAPTER_OF, METHODS, make_method, options_of
 from tta_adapters.options import OptionValue
+from tta_adapters.shelf import make_adapter
 
 BEGIN, END = "<!-- methods: made by python -m tta_exporters.methods_page -->", "<!-- end: methods -->"
 
@@ -26,7 +26,7 @@ OPTION_DOCS = {
     "nesterov": "Nesterov's form of SGD momentum",
     "statistics": "`batch`, `ema`, `renorm` or `running`, see above",
     "skip": "tensors that are not trained, as patterns separated by spaces",
-    "views": "random views of which the teacher's mean is taken",
+    "views": "random views that the teacher is asked about",
     "loss": "`ce`, or `sce` for the symmetric form",
     "memory": "places of the memory, and after how many images it learns",
     "supports": "features kept for each class",
@@ -82,7 +82,7 @@ def example(name: str) -> Method:
         network = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
         )
-    method = make_method(name, NormAdapter(network, input_shape=(3, 8, 8)))
+    method = make_method(name, make_adapter(ADAPTER_OF.get(name, "norm"), network, input_shape=(3, 8, 8)))
     if isinstance(method, Calibrated):
         method.calibrate([torch.zeros(2, 3, 8, 8)])
     return method

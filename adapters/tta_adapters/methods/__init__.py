@@ -18,6 +18,7 @@ from tta_adapters.methods.sar import Sar
 from tta_adapters.methods.source import Source
 from tta_adapters.methods.t3a import T3a
 from tta_adapters.methods.tent import Tent
+from tta_adapters.methods.vida import Vida
 from tta_adapters.methods.zoa import Zoa
 from tta_adapters.network import NetworkAdapter
 from tta_adapters.options import OptionValue, UnknownOptionError, chosen, nearest
@@ -38,7 +39,11 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "t3a": T3a,
     "zoa": Zoa,
     "distill": Distill,
+    "vida": Vida,
 }
+
+ADAPTER_OF: Mapping[str, str] = {"vida": "vida"}
+"""The methods that work on one adapter only; the others take any."""
 
 
 class UnknownMethodError(ValueError):

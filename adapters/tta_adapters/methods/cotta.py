@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tta_adapters.augment import COTTA, PARAMETERS, augment, normal_field
+from tta_adapters.augment import random_views, uniforms_for
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
 from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
 from tta_adapters.losses import cross_entropy, entropy, symmetric_cross_entropy, weighted_mean
@@ -62,12 +62,9 @@ class Cotta:
             raise ValueError(f"cotta.views={views:g} needs images of 1 or 3 channels, the input is {image}")
         self.adapter = adapter
         self._views, self._symmetric = int(views), loss == "sce"
-        self._image = tuple(image or ())
         self._learner = Learner(
             "cotta", adapter, optimizer=optimizer, nesterov=nesterov, statistics=statistics
         )
-        pixels = torch.Size(self._image).numel() if self._views else 0
-        self._noise = 2 * pixels
         self.spec = MethodSpec(
             "cotta",
             f"towards a teacher's mean over {self._views} views by {optimizer}, {statistics} statistics",
@@ -81,7 +78,7 @@ class Cotta:
             report=(*REPORT, "source_confidence"),
             min_batch=self._learner.min_batch,
             serve_vector="state:teacher",
-            rand=adapter.trained + self._views * PARAMETERS + self._noise,
+            rand=adapter.trained + uniforms_for(self._views, tuple(image or ())),
             forwards=3.0 + self._views,
             backwards=1.0,
         )
@@ -139,11 +136,7 @@ class Cotta:
         self, theta: Tensor, x: Tensor, rand: Tensor, setting: Mapping[str, Tensor]
     ) -> Tensor:
         unit = self.adapter.to_unit(x)
-        draws, noise = rand[: self._views * PARAMETERS], rand[self._views * PARAMETERS :]
-        field = normal_field(noise, self._image)
         total = torch.zeros(())
-        for k in range(self._views):
-            shifted = field.roll((3 * k, 7 * k), dims=(1, 2))
-            view = augment(unit, draws[k * PARAMETERS : (k + 1) * PARAMETERS], COTTA, shifted)
+        for view in random_views(unit, rand, self._views):
             total = total + self._logits(theta, self.adapter.from_unit(view), setting)
         return total / self._views
