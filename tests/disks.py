@@ -490,9 +490,8 @@ class Crashing:
         """End the daemon, if it runs, and the process that starts them."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        if self.process.poll() is None:
-            if self._pid and not any("exit" in line for line in self.said):
-                self.kill()
+        if self.process.poll() is None and self._pid and not any("exit" in line for line in self.said):
+            self.kill()
         self.process.wait(PATIENCE_S)
 
 
