@@ -175,7 +175,7 @@ def test_ports_are_bound_by_name_with_a_free_batch(camera: tuple[nn.Module, Buil
         ("batch", "weight", "float32", ["batch"]),
         ("theta", "", "float32", [28]),
         ("state", "momentum", "float32", [8]),
-        ("hyper", "", "float32", [3]),
+        ("hyper", "", "float32", [4]),
     ]
     outputs = {(bind, key): shape for bind, key, _, shape in ports("step.tent", "outputs")}
     assert outputs == {
