@@ -16,7 +16,7 @@ from tta_adapters.select import SelectionError
 from tta_adapters.shelf import UnknownAdapterError, adapter_options
 from tta_adapters.vida import Scales, VidaAdapter
 
-SMALL = {"lora": {"rank": 2.0}, "vida": {"low": 1.0, "high": 3.0}, "side": {"width": 6.0}}
+SMALL = {"lora": {"rank": 2.0}, "vida": {"low": 1.0, "high": 3.0}, "side": {"width": 6.0}, "full": {}}
 SHAPE = (3, SIZE, SIZE)
 
 
@@ -278,6 +278,7 @@ BAD_OPTIONS = [
     ("side", {"width": "0"}, "side.width is 0"),
     ("side", {"rungs": "0.5"}, "side.rungs"),
     ("norm", {"rank": "1"}, "adapter norm has no option 'rank'"),
+    ("full", {"rank": "1"}, "adapter full has no option 'rank'"),
 ]
 
 
@@ -306,6 +307,17 @@ def test_patterns_choose_the_layers_with_branches() -> None:
     ]
     with pytest.raises(SelectionError, match="no module selected"):
         make_adapter("lora", vit(), include=["decoder*"])
+
+
+def test_full_is_every_parameter_of_the_network() -> None:
+    network = resnet()
+    adapter = made("full", network)
+    named = {entry.name: entry.shape for entry in adapter.tensors if entry.trained}
+    assert named == {name: tuple(value.shape) for name, value in network.named_parameters()}
+    chosen = make_adapter("full", network, include=["4.*"], exclude=["*.bias"])
+    assert all(e.name.startswith("4.") and e.kind == "weight" for e in chosen.tensors if e.trained)
+    with pytest.raises(SelectionError, match="no parameter selected"):
+        make_adapter("full", network, include=["decoder*"])
 
 
 @pytest.mark.parametrize("spoil", ["missing", "unknown", "shape"])

@@ -20,7 +20,7 @@ from tta_exporters.parity import eager, parity, reference
 from tta_runtime import Model
 
 STEPS = 20
-SMALL = {"lora": {"rank": "2"}, "vida": {"high": "4"}, "side": {"width": "8"}}
+SMALL = {"lora": {"rank": "2"}, "vida": {"high": "4"}, "side": {"width": "8"}, "full": {}}
 
 
 def chosen(network: str, adapter: str) -> BuildOptions:
@@ -47,13 +47,12 @@ def compare(network: str, adapter: str, out: Path) -> Model:
     return model
 
 
-@pytest.mark.parametrize(("network", "adapter"), [("resnet", "lora"), ("vit", "side")])
+@pytest.mark.parametrize(("network", "adapter"), [("resnet", "lora"), ("vit", "side"), ("mobilenet", "full")])
 def test_twenty_steps(network: str, adapter: str, tmp_path: Path) -> None:
     model = compare(network, adapter, tmp_path / "bundle")
     assert model.manifest.adapter == adapter
-    assert model.manifest.provenance[f"adapter.{next(iter(SMALL[adapter]))}"] == next(
-        iter(SMALL[adapter].values())
-    )
+    for key, value in SMALL[adapter].items():
+        assert model.manifest.provenance[f"adapter.{key}"] == value
     for size in (1, 3, 11):
         x = example_batch(model.manifest.input, size, size)
         assert model.predict(x).logits.shape[0] == size
@@ -71,7 +70,9 @@ def test_twenty_steps_of_every_adapter_on_every_kind_of_network(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("network", "adapter"), [("resnet", "lora"), ("vit", "lora"), ("resnet", "side")])
+@pytest.mark.parametrize(
+    ("network", "adapter"), [("resnet", "lora"), ("vit", "lora"), ("resnet", "side"), ("mobilenet", "full")]
+)
 def test_tensorrt_builds_weight_gradients(network: str, adapter: str, tmp_path: Path) -> None:
     build(sharp(network), chosen(network, adapter), tmp_path / "bundle")
     results = list(check_bundle(tmp_path / "bundle", tensorrt=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tta_adapters.full import FullAdapter
 from tta_adapters.lora import LoraAdapter
 from tta_adapters.network import NetworkAdapter
 from tta_adapters.norm import NormAdapter
@@ -20,6 +21,7 @@ ADAPTERS: Mapping[str, Callable[..., NetworkAdapter]] = {
     "lora": LoraAdapter,
     "vida": VidaAdapter,
     "side": SideAdapter,
+    "full": FullAdapter,
 }
 
 

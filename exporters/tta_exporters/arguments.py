@@ -29,7 +29,7 @@ Mean = Annotated[str, typer.Option(help="Per-channel mean in units of 0..1, e.g.
 Std = Annotated[str, typer.Option(help="Per-channel standard deviation, likewise.")]
 RawRange = Annotated[bool, typer.Option(help="The network takes LOW..HIGH itself: do not scale to 0..1.")]
 Head = Annotated[str | None, typer.Option(help="Path of the classifier module (default: last Linear).")]
-Adapter = Annotated[str, typer.Option(help="What theta is: norm, lora, vida or side.")]
+Adapter = Annotated[str, typer.Option(help="What theta is: norm, lora, vida, side or full.")]
 AdapterSet = Annotated[
     list[str] | None,
     typer.Option("--adapter-set", help="OPTION=VALUE of the adapter, e.g. rank=8. Repeatable."),
