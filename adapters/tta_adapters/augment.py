@@ -94,6 +94,21 @@ def augment(x: Tensor, u: Tensor, views: Views, normal: Tensor | None = None) ->
     return x.clamp(0.0, 1.0)
 
 
+def image_shape(who: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape of one input, [channels, height, width], where views can be made of it.
+
+    Args:
+        who: wants them, with the verb: "rotta keeps".
+        shape: of one input; None where it is not known.
+
+    Raises:
+        ValueError: the input is no image of 1 or 3 channels.
+    """
+    if shape is None or len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"{who} images of 1 or 3 channels, the input is {shape}")
+    return tuple(shape)
+
+
 def uniforms_for(views: int, image: tuple[int, ...]) -> int:
     """How many uniform numbers :func:`random_views` takes for views of images [channels, height, width]."""
     return views * PARAMETERS + 2 * math.prod(image) if views else 0

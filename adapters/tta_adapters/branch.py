@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tta_adapters.base import Forward, Statistics
 from tta_adapters.network import NetworkAdapter
 from tta_adapters.select import Selected, SelectionError, select_modules
+from tta_adapters.tape import join
 
 Through = Callable[[Tensor, Tensor], Tensor]
 """(down, up) -> the branch's output, shaped like the layer's."""
@@ -51,7 +52,7 @@ class BranchAdapter(NetworkAdapter):
             if module is self._head or _is_grouped(module)
         ]
         unfit += [
-            f"{name}.{child}" if name else child
+            join(name, child)
             for name, module in self.module.named_modules()
             if isinstance(module, nn.MultiheadAttention)
             for child, _ in module.named_children()
@@ -120,17 +121,6 @@ def up_shape(module: nn.Module, rank: int) -> list[int]:
 def gaussian(shape: Sequence[int], std: float, seed: int) -> Tensor:
     """Normal numbers of the given standard deviation that depend on nothing but the seed."""
     return std * torch.randn(list(shape), generator=torch.Generator().manual_seed(seed))
-
-
-def whole(name: str, value: float, low: int = 1) -> int:
-    """An option that is a whole number.
-
-    Raises:
-        ValueError: it is not one, or below ``low``.
-    """
-    if value != int(value) or value < low:
-        raise ValueError(f"{name} is {value:g}: a whole number from {low}")
-    return int(value)
 
 
 def _weight(module: nn.Module) -> Tensor:

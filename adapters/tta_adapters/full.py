@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from tta_adapters.network import NetworkAdapter
-from tta_adapters.select import SelectionError
+from tta_adapters.select import SelectionError, matches
 
 
 class FullAdapter(NetworkAdapter):
@@ -37,7 +36,7 @@ class FullAdapter(NetworkAdapter):
             name: value for name, value in self.module.named_parameters() if value.is_floating_point()
         }
         for name, value in candidates.items():
-            if _matches(name, include) and not _matches(name, exclude):
+            if matches(name, include) and not matches(name, exclude):
                 self._add(name, name.rpartition(".")[2], value)
         if not self.tensors:
             raise SelectionError(
@@ -45,7 +44,3 @@ class FullAdapter(NetworkAdapter):
                 f"(first: {', '.join(list(candidates)[:8]) or 'none'})"
             )
         self._add_statistics()
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

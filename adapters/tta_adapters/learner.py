@@ -6,7 +6,6 @@ so that they differ in what their papers say and in nothing else.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
@@ -18,6 +17,7 @@ from tta_adapters.base import Blend, Forward, Hyper, State, StateSpec, Statistic
 from tta_adapters.network import NetworkAdapter
 from tta_adapters.norm import statistics_gap
 from tta_adapters.optim import optimiser
+from tta_adapters.select import matches
 
 StatisticsMode = Literal["batch", "running", "ema", "renorm"]
 
@@ -204,6 +204,20 @@ class Learner:
         return Update(torch.cat([trained, running]), kept, gap)
 
 
+def followed(teacher: Tensor, student: Tensor, trained: int, decay: Tensor, seen: Tensor) -> Tensor:
+    """A teacher [P] that has come nearer to the student [P]: its trained part slowly, its statistics at once.
+
+    Args:
+        teacher: before.
+        student: after its step.
+        trained: T, length of the trained part.
+        decay: 0-d, share of the teacher that stays.
+        seen: 0-d bool: whether any sample was accepted; else the teacher stays as it is.
+    """
+    slow = decay * teacher[:trained] + (1 - decay) * student[:trained]
+    return torch.where(seen, torch.cat([slow, student[trained:]]), teacher)
+
+
 def report(
     loss: Tensor,
     entropies: Tensor,
@@ -242,10 +256,7 @@ def _mask(name: str, adapter: NetworkAdapter, patterns: list[str]) -> Tensor | N
     if not patterns:
         return None
     trained = [entry for entry in adapter.tensors if entry.trained]
-    pieces = [
-        torch.full((entry.size,), float(not any(fnmatch.fnmatchcase(entry.name, p) for p in patterns)))
-        for entry in trained
-    ]
+    pieces = [torch.full((entry.size,), float(not matches(entry.name, patterns))) for entry in trained]
     mask = torch.cat(pieces)
     if not mask.any():
         raise ValueError(f"{name}.skip={' '.join(patterns)!r} leaves none of {len(trained)} tensors to train")

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tta_adapters.base import Forward, Statistics
-from tta_adapters.branch import BranchAdapter, Through, down_shape, gaussian, up_shape, whole
+from tta_adapters.branch import BranchAdapter, Through, down_shape, gaussian, up_shape
+from tta_adapters.options import whole
 
 
 class LoraAdapter(BranchAdapter):

@@ -60,3 +60,14 @@ def _read(name: str, value: OptionValue, default: OptionValue) -> OptionValue:
         return float(value)
     except ValueError as error:
         raise UnknownOptionError(f"{name}={value!r} is not a number") from error
+
+
+def whole(name: str, value: float, low: int = 1) -> int:
+    """An option that is a whole number.
+
+    Raises:
+        ValueError: it is not one, or below ``low``.
+    """
+    if value != int(value) or value < low:
+        raise ValueError(f"{name} is {value:g}: a whole number from {low}")
+    return int(value)

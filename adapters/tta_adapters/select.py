@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -33,6 +33,11 @@ class Selected:
         return f"{self.name:40s} {type(self.module).__name__:14s} {count:8d}  {shapes}"
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a path matches one of some shell patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def select_modules(
     model: nn.Module,
     types: tuple[type[nn.Module], ...],
@@ -58,8 +63,7 @@ def select_modules(
     chosen = [
         Selected(name, module)
         for name, module in candidates
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+        if matches(name, include) and not matches(name, exclude)
     ]
     if not chosen:
         kinds = ", ".join(sorted({kind.__name__ for kind in types}))

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta_adapters.base import Forward, Statistics
-from tta_adapters.branch import gaussian, whole
+from tta_adapters.branch import gaussian
 from tta_adapters.network import NetworkAdapter
+from tta_adapters.options import whole
 from tta_adapters.select import SelectionError, select_modules
 
 TEMPERATURE = 0.1

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tta_adapters.base import Forward, Statistics
-from tta_adapters.branch import BranchAdapter, Through, down_shape, gaussian, up_shape, whole
+from tta_adapters.branch import BranchAdapter, Through, down_shape, gaussian, up_shape
+from tta_adapters.options import whole
 from tta_adapters.select import SelectionError
 
 

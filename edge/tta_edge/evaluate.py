@@ -341,7 +341,7 @@ def _one_shift(
         truth = labels[batch.indices]
         for k, model in enumerate(models):
             before = model.steps
-            logits, good = _answer(model, x)
+            logits, good = step_and_answer(model, x)
             wrong[k].append(logits.argmax(axis=1) != truth)
             adapted[k] += model.steps - before
             if not good:
@@ -354,9 +354,12 @@ def _one_shift(
     ]
 
 
-def _answer(model: Model, x: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
-    """The method's logits for a batch, having stepped where it can; False if the step had to be thrown
-    away.
+def step_and_answer(model: Model, x: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
+    """A bare method's logits for a batch, having stepped where it can; False if the step had to be thrown away.
+
+    Args:
+        model: adapts.
+        x: [batch, ...], finite.
     """
     spec = model.spec
     steps = spec.step is not None and len(x) >= spec.min_batch and spec.batch in (None, len(x))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tta_exporters.errors import OptionError
+from tta_exporters.errors import OptionError, OutputExists, OutputUnwritable
 
 if TYPE_CHECKING:
     from tta_exporters.build import InputOptions
@@ -35,6 +35,19 @@ AdapterSet = Annotated[
     typer.Option("--adapter-set", help="OPTION=VALUE of the adapter, e.g. rank=8. Repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def check_place(out: Path) -> None:
+    """Refuse early what could only fail after the work is done.
+
+    Raises:
+        OutputExists: there is something at the path.
+        OutputUnwritable: there is no such directory.
+    """
+    if out.exists():
+        raise OutputExists(f"{out} exists", "Remove it or choose another -o")
+    if not out.parent.is_dir():
+        raise OutputUnwritable(f"there is no directory {out.parent}", "Make it or choose another -o")
 
 
 def users_input(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tta_adapters.tape import join
 from tta_exporters.build import InputOptions
 from tta_exporters.errors import NetworkRefused, OptionError
 from tta_exporters.labelled import Labelled
@@ -175,7 +176,7 @@ class Victim:
         batch_norms = [module for module in norms.values() if isinstance(module, BATCH_NORMS)]
         self.route: Route = route or ("statistics" if batch_norms else "step")
         self._affine: dict[str, Tensor] = {
-            f"{name}.{kind}" if name else kind: parameter
+            join(name, kind): parameter
             for name, module in norms.items()
             for kind, parameter in module.named_parameters(recurse=False)
         }

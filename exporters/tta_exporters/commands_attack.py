@@ -68,7 +68,7 @@ def attack(
 
     options = AttackOptions(share, batch, epsilon, steps, seed, cast("Route | None", route))
     users = arguments.users_input(input_shape, dtype, value_range, mean, std, raw_range)
-    check_place(out)
+    arguments.check_place(out)
     data = load_labelled(images, users, classes)
     data = Labelled(data.x[:limit], data.y[:limit], data.options)
     network = load_network(source, weights)
@@ -99,21 +99,6 @@ def attack(
         markup=False,
         soft_wrap=True,
     )
-
-
-def check_place(out: Path) -> None:
-    """Refuse early what could only fail after the work is done.
-
-    Raises:
-        OutputExists: there is something at the path.
-        OutputUnwritable: there is no such directory.
-    """
-    from tta_exporters.errors import OutputExists, OutputUnwritable
-
-    if out.exists():
-        raise OutputExists(f"{out} exists", "Remove it or choose another -o")
-    if not out.parent.is_dir():
-        raise OutputUnwritable(f"there is no directory {out.parent}", "Make it or choose another -o")
 
 
 def write_stream(out: Path, made: Attacked, batch: int) -> None:

@@ -50,7 +50,7 @@ def warm_up(
     """
     from tta_exporters.adapter_file import digest, write_adapter
     from tta_exporters.build import BuildOptions, prepare
-    from tta_exporters.errors import Interrupted, OutputExists, OutputUnwritable
+    from tta_exporters.errors import Interrupted
     from tta_exporters.labelled import load_labelled
     from tta_exporters.sources import load_network
     from tta_exporters.warm_up import WarmUpOptions
@@ -58,10 +58,7 @@ def warm_up(
 
     how = WarmUpOptions(epochs, batch, lr, seed, held_out, checkpoint_every)
     users = arguments.users_input(input_shape, dtype, value_range, mean, std, raw_range)
-    if out.exists():
-        raise OutputExists(f"{out} exists", "Remove it or choose another -o")
-    if not out.parent.is_dir():
-        raise OutputUnwritable(f"there is no directory {out.parent}", "Make it or choose another -o")
+    arguments.check_place(out)
     network = load_network(source, weights)
     options = BuildOptions(
         model_id="warm-up",

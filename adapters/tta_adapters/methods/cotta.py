@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tta_adapters.augment import random_views, uniforms_for
+from tta_adapters.augment import image_shape, random_views, uniforms_for
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
-from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
+from tta_adapters.learner import REPORT, Learner, StatisticsMode, followed, report
 from tta_adapters.losses import cross_entropy, entropy, symmetric_cross_entropy, weighted_mean
 from tta_adapters.network import NetworkAdapter
+from tta_adapters.options import whole
 
 
 class Cotta:
@@ -53,15 +54,12 @@ class Cotta:
         loss: str = "ce",
         statistics: StatisticsMode = "batch",
     ) -> None:
-        if views < 0 or views != int(views):
-            raise ValueError(f"cotta.views is {views:g}: a whole number from 0")
+        self._views = whole("cotta.views", views, 0)
         if loss not in ("ce", "sce"):
             raise ValueError(f"cotta.loss is {loss!r}: choose ce or sce")
-        image = adapter.input_shape
-        if views and (image is None or len(image) != 3 or image[0] not in (1, 3)):
-            raise ValueError(f"cotta.views={views:g} needs images of 1 or 3 channels, the input is {image}")
+        image = image_shape(f"cotta.views={views:g} needs", adapter.input_shape) if self._views else ()
         self.adapter = adapter
-        self._views, self._symmetric = int(views), loss == "sce"
+        self._symmetric = loss == "sce"
         self._learner = Learner(
             "cotta", adapter, optimizer=optimizer, nesterov=nesterov, statistics=statistics
         )
@@ -78,7 +76,7 @@ class Cotta:
             report=(*REPORT, "source_confidence"),
             min_batch=self._learner.min_batch,
             serve_vector="state:teacher",
-            rand=adapter.trained + uniforms_for(self._views, tuple(image or ())),
+            rand=adapter.trained + uniforms_for(self._views, image),
             forwards=3.0 + self._views,
             backwards=1.0,
         )
@@ -114,8 +112,7 @@ class Cotta:
         seen = batch.weight.sum() > 0
         new = self._learner.update(grad, theta, state, setting, out, learns=seen, seen=seen)
         learned, running = new.theta[:trained], new.theta[trained:]
-        followed = setting["decay"] * state["teacher"][:trained] + (1 - setting["decay"]) * learned
-        teacher = torch.where(seen, torch.cat([followed, running]), state["teacher"])
+        teacher = followed(state["teacher"], new.theta, trained, setting["decay"], seen)
         returns = seen & (rand[:trained] < setting["restore"])
         proposed = torch.cat([torch.where(returns, anchor["theta0"][:trained], learned), running])
         figures = report(

@@ -10,6 +10,7 @@ from torch import Tensor
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, Step
 from tta_adapters.losses import entropy
 from tta_adapters.network import NetworkAdapter
+from tta_adapters.options import whole
 
 TINY = 1e-10  # keeps the logarithm of a probability that rounds to 0 finite
 
@@ -41,12 +42,9 @@ class Lame:
         iterations: float = 50.0,
         strength: float = 1.0,
     ) -> None:
-        if neighbours < 2 or neighbours != int(neighbours):
-            raise ValueError(f"lame.neighbours is {neighbours:g}: a whole number from 2")
-        if iterations < 1 or iterations != int(iterations):
-            raise ValueError(f"lame.iterations is {iterations:g}: a whole number from 1")
         self.adapter = adapter
-        self._neighbours, self._iterations = int(neighbours), int(iterations)
+        self._neighbours = whole("lame.neighbours", neighbours, 2)
+        self._iterations = whole("lame.iterations", iterations)
         self.spec = MethodSpec(
             "lame",
             "predictions smoothed over the batch's neighbourhoods, nothing learned",

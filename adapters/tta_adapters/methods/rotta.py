@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tta_adapters.augment import COTTA, PARAMETERS, augment, normal_field
+from tta_adapters.augment import image_shape, random_views, uniforms_for
 from tta_adapters.base import Batch, Forward, Hyper, MethodSpec, State, StateSpec, Step, gradient
 from tta_adapters.learner import REPORT, Learner, report
 from tta_adapters.losses import cross_entropy, entropy
@@ -15,8 +15,6 @@ from tta_adapters.memory import BalancedMemory, timeliness
 from tta_adapters.network import NetworkAdapter
 
 TINY = 1e-6  # keeps the logarithm of a probability that rounds to 0 finite, as published
-
-
 LARGEST = 4096  # places of a memory
 
 
@@ -61,12 +59,10 @@ class Rotta:
     ) -> None:
         if not (2 <= memory <= LARGEST and memory == int(memory)):
             raise ValueError(f"rotta.memory is {memory:g}: a whole number from 2 to {LARGEST}")
-        image = adapter.input_shape
-        if image is None or len(image) != 3 or image[0] not in (1, 3):
-            raise ValueError(f"rotta keeps images of 1 or 3 channels, the input is {image}")
+        image = image_shape("rotta keeps", adapter.input_shape)
         self.adapter = adapter
-        self._image, self._places = tuple(image), int(memory)
-        self._memory = BalancedMemory(self._places, adapter.classes, self._image)
+        self._places = int(memory)
+        self._memory = BalancedMemory(self._places, adapter.classes, image)
         self._learner = Learner("rotta", adapter, optimizer=optimizer, nesterov=nesterov, statistics="ema")
         self.spec = MethodSpec(
             "rotta",
@@ -83,7 +79,7 @@ class Rotta:
             ),
             report=(*REPORT, "filled", "learned"),
             serve_vector="state:teacher",
-            rand=PARAMETERS + 2 * torch.Size(self._image).numel(),
+            rand=uniforms_for(1, image),
             forwards=3.0,
             backwards=1.0,
         )
@@ -116,8 +112,7 @@ class Rotta:
             counts = torch.where(filled.sum() > 0, filled, torch.ones_like(filled))
             images = memory["memory_image"]
             slow = self._learner.run(self.adapter.unpack(state["teacher"]), images, setting, counts)
-            field = normal_field(rand[PARAMETERS:], self._image)
-            view = self.adapter.from_unit(augment(self.adapter.to_unit(images), rand, COTTA, field))
+            view = self.adapter.from_unit(next(random_views(self.adapter.to_unit(images), rand, 1)))
         with torch.enable_grad():
             tensors = self.adapter.unpack(theta)
             out = self._learner.run(tensors, view, setting, counts)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tta_adapters.base import Batch, MethodSpec, State, StateSpec, Step
 from tta_adapters.losses import entropy
 from tta_adapters.network import NetworkAdapter
+from tta_adapters.options import whole
 from tta_adapters.select import SelectionError
 
 EMPTY = 1e4
@@ -33,13 +34,12 @@ class T3a:
     """
 
     def __init__(self, adapter: NetworkAdapter, *, supports: float = 20.0) -> None:
-        if supports < 1 or supports != int(supports):
-            raise ValueError(f"t3a.supports is {supports:g}: a whole number from 1")
+        self._supports = whole("t3a.supports", supports)
         weight = adapter.head_weight()
         if weight is None:
             raise SelectionError("t3a replaces a linear classifier and this network ends with none")
         self.adapter = adapter
-        self._supports, self._weight, self._bias = int(supports), weight[0], weight[1]
+        self._weight, self._bias = weight
         classes, width = self._weight.shape
         places = classes * self._supports
         self.spec = MethodSpec(

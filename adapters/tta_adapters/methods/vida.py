@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tta_adapters.augment import random_views, uniforms_for
+from tta_adapters.augment import image_shape, random_views, uniforms_for
 from tta_adapters.base import Batch, Hyper, MethodSpec, State, StateSpec, Step, gradient
-from tta_adapters.learner import REPORT, Learner, StatisticsMode, report
+from tta_adapters.learner import REPORT, Learner, StatisticsMode, followed, report
 from tta_adapters.losses import cross_entropy, entropy, symmetric_cross_entropy, weighted_mean
 from tta_adapters.network import NetworkAdapter
 from tta_adapters.select import SelectionError
@@ -62,9 +62,7 @@ class Vida:
             raise ValueError(f"vida.views is {views:g}: 0, or a whole number from 2")
         if loss not in ("ce", "sce"):
             raise ValueError(f"vida.loss is {loss!r}: choose ce or sce")
-        image = adapter.input_shape
-        if views and (image is None or len(image) != 3 or image[0] not in (1, 3)):
-            raise ValueError(f"vida.views={views:g} needs images of 1 or 3 channels, the input is {image}")
+        image = image_shape(f"vida.views={views:g} needs", adapter.input_shape) if views else ()
         self.adapter: VidaAdapter = adapter
         self._views, self._symmetric = int(views), loss == "sce"
         self._learner = Learner(
@@ -86,7 +84,7 @@ class Vida:
             report=(*REPORT, "uncertainty", "unsure"),
             min_batch=self._learner.min_batch,
             serve_vector="state:teacher",
-            rand=uniforms_for(self._views, tuple(image or ())),
+            rand=uniforms_for(self._views, image),
             forwards=2.0 + self._views,
             backwards=1.0,
         )
@@ -106,7 +104,6 @@ class Vida:
     ) -> Step:
         """Ask the teacher how sure it is, weigh the branches, learn, let the teacher follow."""
         setting = self.spec.unpack_hyper(hyper)
-        trained = self.adapter.trained
         with torch.no_grad():
             teaching = self.adapter.unpack(state["teacher"])
             scales, unsureness = self._scales(teaching, batch.x, rand, setting)
@@ -120,9 +117,7 @@ class Vida:
             grad = gradient(loss, self.adapter, tensors)
         seen = batch.weight.sum() > 0
         new = self._learner.update(grad, theta, state, setting, out, learns=seen, seen=seen)
-        learned, running = new.theta[:trained], new.theta[trained:]
-        followed = setting["decay"] * state["teacher"][:trained] + (1 - setting["decay"]) * learned
-        teacher = torch.where(seen, torch.cat([followed, running]), state["teacher"])
+        teacher = followed(state["teacher"], new.theta, self.adapter.trained, setting["decay"], seen)
         figures = report(
             loss,
             entropy(target),

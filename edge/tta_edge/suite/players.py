@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tta_edge.adapt import Guards, Stream
+from tta_edge.evaluate import step_and_answer
 from tta_edge.suite.errors import UnknownPlayer
 from tta_edge.suite.meter import Meter
 from tta_runtime.arrays import is_finite
 from tta_runtime.bundle import Bundle
 from tta_runtime.engine import EngineOptions
-from tta_runtime.errors import NonFinite, NonFiniteState, NonFiniteTheta, did_you_mean
+from tta_runtime.errors import NonFinite, did_you_mean
 from tta_runtime.manifest import Manifest
 from tta_runtime.model import Engines, Model
 
@@ -155,16 +156,11 @@ class BareMethod:
         A batch with NaN is not stepped on: its finite samples are predicted.
         """
         finite = finite_samples(x)
-        model, spec, before = self._model, self._model.spec, self._model.steps
-        steps = spec.step is not None and len(x) >= spec.min_batch and spec.batch in (None, len(x))
-        if not finite.all() or not steps:
-            return self._answered(predicted(model, x, finite), before, refused=not finite.all())
-        step = model.step(x)
-        try:
-            model.commit(step)
-        except (NonFiniteTheta, NonFiniteState):
-            return self._answered(model.predict(x).logits, before, refused=True)
-        return self._answered(step.logits, before)
+        model, before = self._model, self._model.steps
+        if not finite.all():
+            return self._answered(predicted(model, x, finite), before, refused=True)
+        logits, good = step_and_answer(model, x)
+        return self._answered(logits, before, refused=not good)
 
     def _answered(self, logits: NDArray[np.float32], before: int, *, refused: bool = False) -> Answered:
         return Answered(logits, self._meter.take(), self._model.steps != before, refused)
