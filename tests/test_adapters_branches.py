@@ -50,6 +50,33 @@ def test_unadapted_output_is_bit_identical(name: str, network: str, statistics: 
     assert found.statistics.keys() == plain.statistics.keys()
 
 
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", ["lora", "vida"])
+def test_branches_beside_the_layers_add_nothing_at_the_start(
+    name: str, network: str, statistics: str
+) -> None:
+    # With gradients, as in a step: branches stand beside their layers instead of being merged into weights.
+    source = NETWORKS[network]()
+    found, plain = (
+        each.forward(each.unpack(each.source_theta()), batch(), statistics=statistics)  # type: ignore[arg-type]
+        for each in (made(name, source), NormAdapter(source))
+    )
+    assert torch.equal(found.logits, plain.logits)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", ["lora", "vida"])
+def test_a_branch_merged_into_a_weight_is_the_branch_beside_it(name: str, network: str) -> None:
+    adapter = made(name, NETWORKS[network]())
+    tensors = adapter.unpack(moved(adapter))
+    beside = adapter.forward(tensors, batch()).logits.detach()
+    with torch.no_grad():
+        merged = adapter.forward(tensors, batch()).logits
+    torch.testing.assert_close(merged, beside, rtol=1e-4, atol=1e-5 * float(beside.abs().max()))
+    assert (beside - NETWORKS[network]()(batch()).detach()).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_theta_ends_with_the_running_statistics_of_every_batchnorm(name: str) -> None:
     adapter, norm = made(name, resnet()), NormAdapter(resnet())

@@ -26,6 +26,9 @@ Through = Callable[[Tensor, Tensor], Tensor]
 Branch = Callable[[str, Through, Tensor], Tensor]
 """(path of the layer, how to pass through it, the layer's output) -> the output with the branch added."""
 
+Merge = Callable[[str], Tensor]
+"""(path of the layer) -> what its branches add to its weight, as a matrix [outputs, inputs of one output]."""
+
 
 class BranchAdapter(NetworkAdapter):
     """Base of the adapters that add branches to nn.Linear and nn.Conv2d.
@@ -63,23 +66,38 @@ class BranchAdapter(NetworkAdapter):
         self._layer_of: dict[int, str] = {id(_weight(item.module)): item.name for item in self.selection}
 
     def _branched(
-        self, tensors: Mapping[str, Tensor], x: Tensor, statistics: Statistics, branch: Branch
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        statistics: Statistics,
+        branch: Branch,
+        merge: Merge | None,
     ) -> Forward:
-        """Runs the network with ``branch`` at every selected layer.
+        """Runs the network with branches at every selected layer.
+
+        Args:
+            tensors: theta by name.
+            x: [batch, ...].
+            statistics: see :data:`tta_adapters.base.Statistics`.
+            branch: adds the branches to a layer's output.
+            merge: the same as a change of the layer's weight, where it is one for all samples. A pass without
+                gradients (the serving graph) uses it: one small product instead of passes over activations.
 
         Raises:
             SelectionError: a selected layer's weight is not used by a call of its own, so that its branch would be
                 without effect.
         """
         missed = set(self._layer_of.values())
+        merges = None if torch.is_grad_enabled() else merge
 
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            y = F.linear(x, weight, bias)
             layer = self._layer_of.get(id(weight))
             if layer is None:
-                return y
+                return F.linear(x, weight, bias)
             missed.discard(layer)
-            return branch(layer, lambda down, up: F.linear(F.linear(x, down), up), y)
+            if merges is not None:
+                return F.linear(x, weight + merges(layer), bias)
+            return branch(layer, lambda down, up: F.linear(F.linear(x, down), up), F.linear(x, weight, bias))
 
         def conv2d(
             x: Tensor,
@@ -91,12 +109,13 @@ class BranchAdapter(NetworkAdapter):
             groups: int = 1,
         ) -> Tensor:
             call = functools.partial(F.conv2d, stride=stride, padding=padding, dilation=dilation)
-            y = call(x, weight, bias, groups=groups)
             layer = self._layer_of.get(id(weight))
             if layer is None:
-                return y
+                return call(x, weight, bias, groups=groups)
             missed.discard(layer)
-            return branch(layer, lambda down, up: F.conv2d(call(x, down), up), y)
+            if merges is not None:
+                return call(x, weight + merges(layer).reshape(weight.shape), bias)
+            return branch(layer, lambda down, up: F.conv2d(call(x, down), up), call(x, weight, bias))
 
         out = self._run(tensors, x, statistics, {F.linear: linear, F.conv2d: conv2d})
         if missed:
@@ -105,6 +124,11 @@ class BranchAdapter(NetworkAdapter):
                 "needs: leave it out with --exclude"
             )
         return out
+
+
+def product(down: Tensor, up: Tensor) -> Tensor:
+    """What a branch adds to its layer's weight, as a matrix [outputs, inputs of one output]."""
+    return up.flatten(1) @ down.flatten(1)
 
 
 def down_shape(module: nn.Module, rank: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tta_adapters.base import Forward, Statistics
-from tta_adapters.branch import BranchAdapter, Through, down_shape, gaussian, up_shape
+from tta_adapters.branch import BranchAdapter, Through, down_shape, gaussian, product, up_shape
 from tta_adapters.options import whole
 
 
@@ -61,8 +61,11 @@ class LoraAdapter(BranchAdapter):
     ) -> Forward:
         """Runs the network with its branches; see :meth:`tta_adapters.network.NetworkAdapter.forward`."""
 
-        def branch(layer: str, through: Through, y: Tensor) -> Tensor:
-            update = through(tensors[f"{layer}.lora_down"], tensors[f"{layer}.lora_up"])
-            return y + self._scale * update
+        def weights(layer: str) -> tuple[Tensor, Tensor]:
+            # The scale meets the small weights, not the large output.
+            return tensors[f"{layer}.lora_down"], self._scale * tensors[f"{layer}.lora_up"]
 
-        return self._branched(tensors, x, statistics, branch)
+        def branch(layer: str, through: Through, y: Tensor) -> Tensor:
+            return y + through(*weights(layer))
+
+        return self._branched(tensors, x, statistics, branch, lambda layer: product(*weights(layer)))

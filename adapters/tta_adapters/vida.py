@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from tta_adapters.augment import sum_of
 from tta_adapters.base import Forward, Statistics
-from tta_adapters.branch import BranchAdapter, Through, down_shape, gaussian, up_shape
+from tta_adapters.branch import BranchAdapter, Through, down_shape, gaussian, product, up_shape
 from tta_adapters.options import whole
 from tta_adapters.select import SelectionError
 
@@ -96,13 +97,19 @@ class VidaAdapter(BranchAdapter):
             SelectionError: with scales, a layer whose leading axis is not the batch.
         """
 
+        def weights(layer: str, name: str) -> tuple[Tensor, Tensor]:
+            return tensors[f"{layer}.vida_{name}_down"], tensors[f"{layer}.vida_{name}_up"]
+
         def branch(layer: str, through: Through, y: Tensor) -> Tensor:
             for name in self._branches:
-                update = through(tensors[f"{layer}.vida_{name}_down"], tensors[f"{layer}.vida_{name}_up"])
+                update = through(*weights(layer, name))
                 y = y + (update if scales is None else _scaled(update, getattr(scales, name), layer))
             return y
 
-        return self._branched(tensors, x, statistics, branch)
+        def merge(layer: str) -> Tensor:
+            return sum_of([product(*weights(layer, name)) for name in self._branches])
+
+        return self._branched(tensors, x, statistics, branch, merge if scales is None else None)
 
 
 def _scaled(update: Tensor, scale: Tensor, layer: str) -> Tensor:
