@@ -123,6 +123,13 @@ def usps(place: Place) -> Path:
     return path
 
 
+def photographs(place: Place) -> None:
+    """Let the shift `frost` use the photographs of the data, if there are any and no others are named."""
+    folder = place.data / "assets" / "frost"
+    if folder.is_dir():
+        os.environ.setdefault("TTA_FROST_DIR", str(folder))
+
+
 def main() -> None:
     """Everything."""
     parser = argparse.ArgumentParser(
@@ -138,8 +145,7 @@ def main() -> None:
     suite: str = arguments.suite
     place = Place(arguments.data, arguments.out)
     place.out.mkdir(parents=True, exist_ok=True)
-    if "TTA_FROST_DIR" not in os.environ and (place.data / "assets" / "frost").is_dir():
-        os.environ["TTA_FROST_DIR"] = str(place.data / "assets" / "frost")
+    photographs(place)
     models = arguments.models.split(",") if arguments.models else SUITE_MODELS[suite]
     bundles: list[Path] = []
     words: list[str | Path] = []
