@@ -45,7 +45,11 @@ def test_every_step_builds(method: str, network: str, tmp_path: Path) -> None:
         pytest.skip(f"refused for its {REFUSED[method, network]}")
     images = torch.rand([96, 3, 16, 16], generator=torch.Generator().manual_seed(4))
     settings = {method: SETTINGS[method]} if method in SETTINGS else {}
-    wanted = dataclasses.replace(options(network, (method,), **settings), source_images=images)
+    wanted = dataclasses.replace(
+        options(network, (method,), **settings),
+        source_images=images,
+        adapter="vida" if method == "vida" else "norm",
+    )
     built = build(NETWORKS[network](), wanted, tmp_path / "bundle")
     for key, graph in built.manifest.graphs.items():
         assert build_plan(built.path, key, graph).plan_bytes > 0
