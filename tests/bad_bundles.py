@@ -356,6 +356,12 @@ _GROUPS: list[tuple[str, type[TtaError], bool, dict[str, tuple[Any, ...]]]] = [
             "logits neither before nor after": (put("methods", "tent", "logits", value="now"), "now"),
             "batch below min_batch": (put("methods", "tent", "batch", value=1),),
             "too many random numbers": (put("methods", "teacher", "rand", value=1 << 40),),
+            "window without a target": (
+                put("methods", "tent", "window", value=128),
+                "128",
+                "takes no target",
+            ),
+            "window too long": (put("methods", "tent", "window", value=1 << 20), "1048576", "4096"),
             "method with a slash": (
                 edited(lambda d: d["methods"].update({"a/b": d["methods"]["source"]})),
                 "a/b",

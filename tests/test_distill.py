@@ -237,7 +237,7 @@ def test_a_daemon_has_no_teacher_and_says_so_before_it_serves(bundle: Path) -> N
 
 def test_methods_that_adapt_by_themselves_can_be_told_apart(bundle: Path) -> None:
     known = Model.open(bundle).manifest
-    assert {name: known.needs_target(name) for name in known.methods} == {"distill": True, "tent": False}
+    assert {name: known.needs_teacher(name) for name in known.methods} == {"distill": True, "tent": False}
 
 
 @pytest.mark.parametrize("shape", [["batch"], ["batch", CLASSES + 1], [CLASSES, "batch"]])

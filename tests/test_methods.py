@@ -24,6 +24,8 @@ COST_BATCH = 6
 
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     **{name: (name, {}) for name in METHODS},
+    # The contract's batches are those that it was calibrated on: with caution there would be nothing to undo.
+    "auto": ("auto", {"caution": "0"}),
     "tent adam": ("tent", {"optimizer": "adam"}),
     "tent plain momentum": ("tent", {"nesterov": "false"}),
     "tent running": ("tent", {"statistics": "running"}),

@@ -124,7 +124,9 @@ class MethodSpec:
         min_batch: smallest batch whose statistics mean anything to the method.
         serve_vector: what serves between steps: "theta", or "state:NAME" for a vector held in the state (a teacher).
         rand: number of uniform random numbers in [0, 1) the host must supply per step.
-        target: whether a step needs a teacher's logits beside the images.
+        target: whether a step needs logits beside the images: a teacher's, or with a window the stream's own.
+        window: 0, or how many recent samples, balanced by predicted class, the host keeps for a step; it gives what
+            they were last predicted as by way of target.
         forwards: passes through the network for each sample of one step; None where the author does not say.
         backwards: passes back through it, likewise.
     """
@@ -141,6 +143,7 @@ class MethodSpec:
     serve_vector: str = "theta"
     rand: int = 0
     target: bool = False
+    window: int = 0
     forwards: float | None = None
     backwards: float | None = None
 

@@ -184,6 +184,21 @@ class NetworkAdapter:
         """
         return self._run(tensors, x, statistics, {})
 
+    def answered(
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        answers: Mapping[Callable[..., Any], Callable[..., Tensor]],
+    ) -> Forward:
+        """As :meth:`forward` under running statistics, but for functions of torch that are answered otherwise.
+
+        Args:
+            tensors: what :meth:`unpack` returned.
+            x: [batch, ...].
+            answers: function -> what is called in its place, with the same arguments.
+        """
+        return self._run(tensors, x, "running", answers)
+
     def _run(
         self,
         tensors: Mapping[str, Tensor],

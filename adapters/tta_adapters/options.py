@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 
 OptionValue = str | float | bool
@@ -68,6 +69,6 @@ def whole(name: str, value: float, low: int = 1) -> int:
     Raises:
         ValueError: it is not one, or below ``low``.
     """
-    if value != int(value) or value < low:
+    if not math.isfinite(value) or value != int(value) or value < low:
         raise ValueError(f"{name} is {value:g}: a whole number from {low}")
     return int(value)

@@ -6,6 +6,7 @@ it refuses is never committed: there is nothing to undo.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -16,8 +17,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tta_edge.auto import Auto, Task
 from tta_edge.events import Event, Reason, Tell
+from tta_edge.gallery import Shelf
 from tta_edge.monitor import Monitor
+from tta_edge.sight import Change
 from tta_edge.wire import StreamState
 from tta_runtime import theta as thetas
 from tta_runtime.arrays import is_finite
@@ -49,6 +53,10 @@ class Guards:
     checkpoint_steps: int = 20
 
 
+STANDARD = Guards(max_distance=1.0, reset_every_steps=1000)
+"""What the daemon has unless it is told otherwise."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What one batch got.
@@ -56,7 +64,8 @@ class Answer:
     Attributes:
         logits: [batch, classes], float32.
         source_logits: the frozen source's, where they were asked for.
-        adapted: whether the batch's step was committed.
+        adapted: whether a step was committed.
+        refused: whether a step was made and not committed.
         reason: of the last event this batch caused; None where there was none.
         report: the step's named numbers; empty where no step was committed.
     """
@@ -64,6 +73,7 @@ class Answer:
     logits: NDArray[np.float32]
     source_logits: NDArray[np.float32] | None
     adapted: bool
+    refused: bool
     reason: Reason | None
     report: dict[str, float]
 
@@ -127,6 +137,7 @@ class Stream:
         bundle: name of the bundle that the model belongs to.
         tell: told of everything a guard does.
         keeper: takes checkpoints.
+        shelf: bounds the memory of windows that a method keeps; without it there is no bound.
 
     Attributes:
         enabled: false when switched off by a client.
@@ -137,6 +148,7 @@ class Stream:
         last_event: `action: reason` of the newest event.
         checkpoints: good states, the newest last.
         monitor: of its predictions.
+        auto: decides when to step and on what, for a method with a window of its own.
     """
 
     def __init__(
@@ -148,6 +160,7 @@ class Stream:
         bundle: str = "default",
         tell: Tell = _ignore,
         keeper: Keeper | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         self.name = name
         self.bundle = bundle
@@ -161,6 +174,7 @@ class Stream:
         self.last_event = ""
         self.checkpoints: deque[Checkpoint] = deque(maxlen=CHECKPOINTS)
         self.monitor = Monitor(model.manifest.classes, guards.min_diversity)
+        self.auto = Auto(model, shelf or Shelf(sys.maxsize)) if model.spec.window else None
         self._tell_all = tell
         self._keeper = keeper or Keeper()
         self._strikes = 0
@@ -203,7 +217,11 @@ class Stream:
         # First the frozen source: if its engine failed after a commit, an error would have changed theta.
         source = self._source(x, compare)
         with self._lock:
-            step, reason = self._step(x) if adapt and self.adapts else (None, None)
+            adapt = adapt and self.adapts
+            if self.auto is not None:
+                return self._answer_by_auto(self.auto, x, source, adapt=adapt, compare=compare)
+            step, reason = self._step(x) if adapt else (None, None)
+            refused = step is None and reason not in (None, Reason.BATCH_SIZE)
             if step is None:
                 logits, returned = self._serve(x)
                 reason = returned or reason
@@ -211,10 +229,15 @@ class Stream:
                 logits = step.logits
             reason = self._observe(logits, source) or reason
         report = dict(step.report) if step is not None else {}
-        return Answer(logits, source if compare else None, step is not None, reason, report)
+        return Answer(logits, source if compare else None, step is not None, refused, reason, report)
 
-    def serve(self, x: NDArray[Any], *, compare: bool = False) -> Answer:
+    def serve(self, x: NDArray[Any], *, collect: bool = False, compare: bool = False) -> Answer:
         """Predict one batch with the serve graph; a step in the background is not waited for.
+
+        Args:
+            x: [batch, ...].
+            collect: whether a method with a window of its own may keep the samples.
+            compare: whether the frozen source answers too.
 
         Raises:
             InputError, EngineError: as `answer`.
@@ -223,7 +246,10 @@ class Stream:
         logits, reason = self._serve(x)
         with self._lock:
             reason = self._observe(logits, source) or reason
-        return Answer(logits, source if compare else None, False, reason, {})
+            if self.auto is not None and collect and self.adapts:
+                self._watch(self.auto, x, logits)
+                logits = self.auto.correct(logits)
+        return Answer(logits, source if compare else None, False, False, reason, {})
 
     def step_on(self, x: NDArray[Any], *, allowed: Callable[[], bool] = _always) -> bool | None:
         """One background step.
@@ -242,14 +268,42 @@ class Stream:
         try:
             step = self.model.step(x)
         except EngineError as error:
-            with self._lock:
-                self._tell("refuse", Reason.ENGINE, error.cause)
-            return False
+            return self._engine_failed(error)
+        return self._conclude(allowed, lambda: self._settle(step) in (None, Reason.PERIODIC))
+
+    def step_on_window(self, *, allowed: Callable[[], bool] = _always) -> bool | None:
+        """One step of a method with a window of its own, on that.
+
+        Args:
+            allowed: as for `step_on`.
+
+        Returns:
+            As `step_on`; None also where the method has no window, or too little is in it.
+        """
+        auto = self.auto
+        with self._lock:
+            task = None if auto is None else auto.task()
+        if auto is None or task is None:
+            return None
+        try:
+            known = auto.asked_source(task)
+            step = self.model.step(known.contents.x, known.weight, known.contents.logits)
+        except EngineError as error:
+            return self._engine_failed(error)
+        return self._conclude(allowed, lambda: self._settle_window(auto, known, step))
+
+    def _engine_failed(self, error: EngineError) -> bool:
+        with self._lock:
+            self._tell("refuse", Reason.ENGINE, error.cause)
+        return False
+
+    def _conclude(self, allowed: Callable[[], bool], settle: Callable[[], bool]) -> bool | None:
+        """Settle a step unless something has come between."""
         with self._lock:
             if self._closed or not self.adapts or not allowed():
                 return None
             try:
-                return self._settle(step) in (None, Reason.PERIODIC)
+                return settle()
             except StaleBase as error:
                 self._tell("refuse", Reason.STALE, error.cause)
                 return None
@@ -259,6 +313,8 @@ class Stream:
         with self._lock:
             self.enabled = on
             self.suspended = self.suspended and not on
+            if not on:
+                self.drop_window()
 
     def fence(self) -> None:
         """Return when no commit is under way; the next one asks anew whether it is allowed."""
@@ -269,6 +325,18 @@ class Stream:
         """From now on nothing is committed: the stream goes to disk, or to another bundle."""
         with self._lock:
             self._closed = True
+            self.drop_window()
+
+    def drop_window(self) -> None:
+        """Forget the samples that a method keeps; what came before must not be adapted on later."""
+        with self._lock:
+            if self.auto is not None:
+                self.auto.begin_anew()
+
+    @property
+    def wants_step(self) -> bool:
+        """Whether a method with a window of its own wants a step now."""
+        return self.auto is not None and self.auto.due
 
     def reopen(self) -> None:
         """The stream stays after all."""
@@ -297,7 +365,7 @@ class Stream:
             if found:
                 checkpoint = self.checkpoints.pop()
                 self.model.restore(checkpoint)
-                self.monitor.clear()
+                self._forget()
             else:
                 self._to_source()
             self._tell("rollback", reason, f"{detail}; now at {self.model.steps} steps")
@@ -361,6 +429,39 @@ class Stream:
 
     # ------------------------------------------------------------------------------------------ inside
 
+    def _answer_by_auto(
+        self,
+        auto: Auto,
+        x: NDArray[Any],
+        source: NDArray[np.float32] | None,
+        *,
+        adapt: bool,
+        compare: bool,
+    ) -> Answer:
+        """Serve, watch, and where a step is due make it and serve again."""
+        logits, reason = self._serve(x)
+        before, stepped = self.model.checkpoint, None
+        if adapt:
+            self._watch(auto, x, logits)
+            if auto.due:
+                stepped = self.step_on_window()
+            if self.model.checkpoint is not before:
+                logits, returned = self._serve(x)
+                reason = returned or reason
+        reason = self._observe(logits, source) or reason
+        if adapt:
+            logits = auto.correct(logits)
+        report = dict(auto.report) if stepped else {}
+        return Answer(logits, source if compare else None, stepped is True, stepped is False, reason, report)
+
+    def _watch(self, auto: Auto, x: NDArray[Any], logits: NDArray[np.float32]) -> None:
+        """Let auto see what was answered, and tell of what it decides."""
+        change = auto.observe(x, logits)
+        if change is Change.STRONG:
+            self._tell("wake", Reason.SHIFT, f"images moved by {auto.shift:.2f} standard deviations")
+        elif change is Change.WEAK:
+            self._tell("wake", Reason.DRIFT, f"images moved by {auto.shift:.2f} standard deviations")
+
     def _source(self, x: NDArray[Any], compare: bool) -> NDArray[np.float32] | None:
         if not compare and not (self.monitor.suspicious and self.model.steps):
             return None
@@ -381,10 +482,16 @@ class Stream:
             self._returned(None)
         return Reason.COLLAPSE
 
+    def _forget(self) -> None:
+        """What was seen under another theta says nothing of this one."""
+        self.monitor.clear()
+        if self.auto is not None:
+            self.auto.begin_anew()
+
     def _to_source(self) -> None:
         self.model.reset()
         self.checkpoints.clear()
-        self.monitor.clear()
+        self._forget()
 
     def _returned(self, checkpoint: Checkpoint | None) -> None:
         """Have it saved that the stream went back: to a checkpoint, or to the source."""
@@ -411,12 +518,28 @@ class Stream:
         if refused is not None:
             return self._refuse(*refused)
         self.model.commit(step)
-        if 0 < self.guards.reset_every_steps <= self.model.steps:
+        # Steps of auto begin at the source, each anew: nothing adds up that a reset would undo.
+        if self.auto is None and 0 < self.guards.reset_every_steps <= self.model.steps:
             self.reset(Reason.PERIODIC, f"{self.model.steps} steps since the last reset")
             return Reason.PERIODIC
         if self.model.steps % self.guards.checkpoint_steps == 0 and not self.monitor.suspicious:
             self._check_in()
         return None
+
+    def _settle_window(self, auto: Auto, task: Task, step: Step) -> bool:
+        """Commit a step on a window, or the return to the source where the step has nothing to add."""
+        finite = objection(step, self.model.theta0, self.guards)
+        if finite is not None:
+            self._refuse(*finite)
+            auto.stepped(task, None)
+            return False
+        verdict = auto.judge(task, step)
+        if verdict.held != auto.held:
+            action = "hold" if verdict.held else "release"
+            self._tell(action, Reason.NO_GAIN, f"a step gains {verdict.gain:.3f} nats on the source")
+        self._settle(verdict.step)
+        auto.stepped(task, verdict)
+        return True
 
     def _check_in(self) -> None:
         """Remember the present as good."""

@@ -285,7 +285,7 @@ def evaluate(
     _warn_of_sorted(source, shuffle)
     opened = Bundle.open(bundle if bundle is not None else builtin_bundle())
     names = (
-        [name for name in opened.manifest.methods if not opened.manifest.needs_target(name)]
+        [name for name in opened.manifest.methods if not opened.manifest.needs_teacher(name)]
         if methods is None
         else [name.strip() for name in methods.split(",")]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def check_bundle(
     except TtaError as error:
         return [*checks, fail(f"engine {name}", f"{error.code}: {error.cause}", error.fix)], manifest
     checks.append(ok(f"engine {name}", providers(host.engines)))
-    size = model.spec.batch or max(batch, model.spec.min_batch)
+    size = model.spec.window or model.spec.batch or max(batch, model.spec.min_batch)
     x = noise(manifest.input, size, np.random.default_rng(config.seed))
     return [*checks, *runs(name, model, x), batches(name, manifest, host.method, config, batch)], manifest
 
@@ -69,11 +70,11 @@ def runs(name: str, model: Model, x: NDArray[Any]) -> list[Check]:
     checks = []
     for kind in ("forward",) if model.spec.step is None else ("forward", "step"):
         check = f"{kind} {name}"
-        run = model.predict if kind == "forward" else model.step
         try:
-            run(x)
+            run = _runner(kind, model, x)
+            run()
             began_s = time.perf_counter()
-            result: Any = run(x)
+            result = run()
             seconds = time.perf_counter() - began_s
         except TtaError as error:
             checks.append(fail(check, f"{error.code}: {error.cause}", error.fix))
@@ -91,11 +92,30 @@ def runs(name: str, model: Model, x: NDArray[Any]) -> list[Check]:
     return checks
 
 
+def _runner(kind: str, model: Model, x: NDArray[Any]) -> Callable[[], Any]:
+    """One run of a kind. A method with a window steps on what its samples were predicted as before."""
+    if kind == "forward":
+        return lambda: model.predict(x)
+    target = model.predict(x).logits if model.spec.window else None
+    return lambda: model.step(x, target=target)
+
+
 def batches(name: str, manifest: Manifest, method: str, config: Config, batch: int) -> Check:
     """The method can adapt on the batches that it will get, and they are large enough for what it estimates."""
     check, spec = f"batches {name}", manifest.methods[method]
     if spec.step is None:
         return ok(check, f"method {method} has no step: any batch will do")
+    if spec.window:
+        fits = config.max_window_bytes // noise(manifest.input, 1, np.random.default_rng(0)).nbytes
+        where = "in the request that makes one due" if config.policy == "inline" else "in the background"
+        text = f"policy {config.policy}, requests of any size: steps on a window of {spec.window} samples, {where}"
+        if fits < spec.window:
+            return warn(
+                check,
+                f"{text}; max_window_bytes holds {fits} samples of all streams together",
+                "Raise max_window_bytes: this many samples for each stream that shall adapt",
+            )
+        return ok(check, text)
     inline = config.policy == "inline" and batch >= config.inline_min_batch
     size = batch if inline else spec.batch or max(config.step_batch, spec.min_batch)
     how = "in the pass that answers" if inline else "in the background"

@@ -172,7 +172,7 @@ def _predict_for(config: Config, manifest: Manifest, stream: StreamStatus, rss_b
         state=state_bytes(manifest, stream.method),
         sample_bytes=noise(manifest.input, 1, np.random.default_rng(0)).nbytes,
         waiting=stream.window,
-        window=config.window,
+        window=manifest.methods[stream.method].window or config.window,
         max_window_bytes=config.max_window_bytes,
     )
 
@@ -208,7 +208,10 @@ def _exercise(client: Client, bundle: str, batch: int, config: Config) -> None:
     for done in range(1, MAX_REQUESTS + 1):
         _send(client, noise(spec, min(limits.batch or batch, limits.max_batch), rng), bundle)
         # A step in the background comes when nothing else is to be done: the next request waits for it.
-        while (stream := _stream(client, bundle)).window >= step_size and time.monotonic() < end_s:
+        # The window of a method that keeps one stays full.
+        while (stream := _stream(client, bundle)).auto is None and stream.window >= step_size:
+            if time.monotonic() > end_s:
+                break
             Event().wait(POLL_S)
         stepped = stream.steps >= MIN_STEPS or stream.state == "source"
         if (done >= MIN_REQUESTS and stepped) or time.monotonic() > end_s:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tta_edge.adapt import STANDARD, Stream
 from tta_edge.streams.errors import LabelsMissing
 from tta_edge.streams.order import SETTINGS, Setting, batches, order
 from tta_edge.streams.preprocess import Preprocess, preprocess
@@ -221,12 +222,13 @@ def evaluate(
         Model(engines, name, hyper=hyper.get(name, {}), seed=plan.seed, limits=limits)
         for name in plan.methods
     ]
+    players = [_Player(model) for model in models]
     rows: list[Row] = []
     for shift in plan.shifts:
         if plan.setting == "online":
-            for model in models:
-                model.reset()
-        rows += _one_shift(models, plan, shift, labels, to_input, progress or _silent)
+            for player in players:
+                player.reset()
+        rows += _one_shift(players, plan, shift, labels, to_input, progress or _silent)
     return Evaluation(
         manifest.model_id,
         opened.digest,
@@ -322,8 +324,31 @@ def _silent(_: str, __: int) -> None:
     """Nobody watches."""
 
 
+class _Player:
+    """A method that answers batches: bare, or inside the daemon's guards where it has a window of its own."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._stream = Stream("evaluate", model, STANDARD) if model.spec.window else None
+
+    def reset(self) -> None:
+        """Back to the source."""
+        if self._stream is None:
+            self.model.reset()
+        else:
+            self._stream = Stream("evaluate", self.model, STANDARD)
+            self._stream.reset()
+
+    def answer(self, x: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
+        """Logits for a batch, having stepped where it can; False if a step had to be thrown away."""
+        if self._stream is None:
+            return step_and_answer(self.model, x)
+        answer = self._stream.answer(x)
+        return answer.logits, not answer.refused
+
+
 def _one_shift(
-    models: Sequence[Model],
+    players: Sequence[_Player],
     plan: Plan,
     shift: Shift | None,
     labels: NDArray[np.int64],
@@ -332,16 +357,16 @@ def _one_shift(
 ) -> list[Row]:
     """All methods over one shift, batch by batch."""
     places = order(plan.source.count, limit=plan.limit, shuffle=plan.shuffle, seed=plan.seed)
-    adapted = [0] * len(models)
-    wrong: list[list[NDArray[np.bool_]]] = [[] for _ in models]
-    refused: list[list[int]] = [[] for _ in models]
+    adapted = [0] * len(players)
+    wrong: list[list[NDArray[np.bool_]]] = [[] for _ in players]
+    refused: list[list[int]] = [[] for _ in players]
     stream = batches(plan.source, shift, places, batch=plan.batch, seed=plan.seed)
     for number, batch in enumerate(stream):
         x = to_input(batch.images)
         truth = labels[batch.indices]
-        for k, model in enumerate(models):
-            before = model.steps
-            logits, good = step_and_answer(model, x)
+        for k, player in enumerate(players):
+            model, before = player.model, player.model.steps
+            logits, good = player.answer(x)
             wrong[k].append(logits.argmax(axis=1) != truth)
             adapted[k] += model.steps - before
             if not good:
@@ -349,8 +374,8 @@ def _one_shift(
             progress(f"{shift or NO_SHIFT} {model.method}", len(x))
     name, severity = (NO_SHIFT, None) if shift is None else (shift.name, shift.severity)
     return [
-        Row(name, severity, model.method, np.concatenate(wrong[k]), adapted[k], tuple(refused[k]))
-        for k, model in enumerate(models)
+        Row(name, severity, player.model.method, np.concatenate(wrong[k]), adapted[k], tuple(refused[k]))
+        for k, player in enumerate(players)
     ]
 
 

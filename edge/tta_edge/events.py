@@ -34,6 +34,12 @@ class Reason(str, Enum):
     """The step's theta was not finite; it was not committed."""
     NON_FINITE_STATE = "non-finite-state"
     """The step's state was not finite; it was not committed."""
+    SHIFT = "shift"
+    """The images have changed strongly: method auto begins a new window and steps often."""
+    DRIFT = "drift"
+    """The images have changed a little: method auto steps often for a while."""
+    NO_GAIN = "no-gain"
+    """Method auto has (hold), or no longer has (release), nothing to add to the source, which then serves."""
     BALL = "ball"
     """The step would leave the ball around the source theta; the stream was reset."""
     COLLAPSE = "collapse"
@@ -72,7 +78,8 @@ class Event:
         bundle: name of the bundle; empty for the whole daemon.
         stream: id of the stream; empty for the whole bundle or daemon.
         action: `skip` (answered, not adapted on), `refuse` (step not committed), `reset`, `rollback`, `suspend`,
-            `quarantine` (a state file was set aside), `restore`, `evict`, `forget`, `switch`, `reload` or `disk`.
+            `quarantine` (a state file was set aside), `restore`, `evict`, `forget`, `wake` (auto steps often again),
+            `hold` and `release` (auto lets the source serve, or no longer), `switch`, `reload` or `disk`.
         reason: a `Reason`, or the code of an error.
         detail: the values behind it, in words.
     """
@@ -87,7 +94,7 @@ class Event:
 Tell = Callable[[Event], None]
 """Somebody who wants to know of events."""
 
-_QUIET = ("skip", "evict", "restore")
+_QUIET = ("skip", "evict", "restore", "wake", "hold", "release")
 """Actions of everyday life: counted, but not worth a warning; `skip` may come with every request."""
 
 

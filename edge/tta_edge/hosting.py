@@ -134,8 +134,8 @@ def load(name: str, bundle: BundleConfig, config: Config, *, before: Host | None
     opened = Bundle.open(bundle.path)
     known = opened.manifest.methods
     method = bundle.method or opened.manifest.default_method
-    if method in known and opened.manifest.needs_target(method):
-        alone = [other for other in known if not opened.manifest.needs_target(other)]
+    if method in known and opened.manifest.needs_teacher(method):
+        alone = [other for other in known if not opened.manifest.needs_teacher(other)]
         raise MethodNeedsTeacher(
             f"method `{method}` learns from a teacher's logits, and a daemon has none",
             f"Choose one that adapts by itself: {', '.join(alone) or 'build the bundle with one'}",

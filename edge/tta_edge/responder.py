@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tta_edge.adapt import Answer, Guards, Keeper, Stream
+from tta_edge.auto import Auto
 from tta_edge.batching import Call, Mergeable
 from tta_edge.config import BundleConfig, Config
 from tta_edge.errors import Internal, ReloadUnderWay, UnknownBundle
 from tta_edge.events import Event, EventLog, Reason
+from tta_edge.gallery import Shelf
 from tta_edge.hosting import Host, load, load_all, wanted
 from tta_edge.policy import Policy
 from tta_edge.registry import Registry
@@ -32,6 +34,7 @@ from tta_edge.store import StateStore
 from tta_edge.wire import (
     Adapt,
     AdaptDone,
+    AutoStatus,
     BundleStatus,
     Events,
     EventsReply,
@@ -119,6 +122,7 @@ class Responder:
             inline_min_batch=config.inline_min_batch,
             window=config.window,
         )
+        self._shelf = Shelf(config.max_window_bytes)
         self._saver: Saver | None = None
         self._store: StateStore | None = None
         self.events = EventLog(stats, self._keep_line)
@@ -220,16 +224,21 @@ class Responder:
         adapt = message.adapt and self._adapting
         spec, samples = stream.model.spec, len(x) if x.ndim else 0
         fits = spec.batch in (None, samples) and samples >= spec.min_batch
+        windowed = stream.auto is not None  # then it steps on a window, whatever the size of a request
         inline = len(group) == 1 and fits and self._policy.inline(samples)
+        if windowed:
+            inline = self._policy.kind == "inline"
         if adapt and inline:
             answer = stream.answer(x, adapt=True, compare=message.compare)
-            if answer.adapted or (stream.adapts and answer.reason is not Reason.BATCH_SIZE):
+            if answer.adapted or answer.refused:
                 result = "committed" if answer.adapted else "refused"
                 self._stats.stepped(host.name, result, self._clock() - began_s)
         else:
-            answer = stream.serve(x, compare=message.compare)
+            answer = stream.serve(x, collect=adapt, compare=message.compare)
         self._registry.admit(stream)  # only now: a refused first request leaves no stream behind
-        collected = adapt and not inline and stream.adapts and self._stepper.offer(stream, x)
+        collected = adapt and stream.adapts and (windowed or not inline)
+        if collected and not inline:
+            collected = self._stepper.offer(stream, x)
         self._stats.ran(host.name)
         compute_s = self._clock() - began_s
         ends = np.cumsum([len(batch) for batch in batches]).tolist()
@@ -283,6 +292,7 @@ class Responder:
                 self._stepper.drop_all()  # what came before must not be adapted on when it is on again
                 for each in self._registry.all():
                     each.fence()
+                    each.drop_window()
             durable = self._saver is not None and self._saver.save_switch(message.on)
             self.events.add(Event("", "", "switch", Reason.REQUESTED.value, f"adaptation is {word}"))
             return AdaptDone(id=message.id, on=message.on, stream="", durable=durable)
@@ -412,7 +422,7 @@ class Responder:
         )
 
     def _stream_status(self, stream: Stream) -> StreamStatus:
-        model, monitor = stream.model, stream.monitor
+        model, monitor, auto = stream.model, stream.monitor, stream.auto
         steps, distance, digest = _facts(model)
         return StreamStatus(
             id=stream.name,
@@ -424,13 +434,14 @@ class Responder:
             state=stream.state(self._adapting),
             restored=stream.restored,
             samples=stream.samples,
-            window=self._stepper.waiting(stream),
+            window=self._stepper.waiting(stream) if auto is None else len(auto.gallery),
             checkpoints=len(stream.checkpoints),
             entropy=monitor.entropy,
             diversity=monitor.diversity,
             agreement=monitor.agreement,
             last_event=stream.last_event,
             events=dict(stream.counts),
+            auto=None if auto is None else _auto_status(auto),
         )
 
     # ------------------------------------------------------------------------------------------ the end
@@ -462,6 +473,7 @@ class Responder:
             bundle=host.name,
             tell=self.events.add,
             keeper=self._saver or Keeper(),
+            shelf=self._shelf,
         )
 
     def _keep_line(self, line: bytes) -> None:
@@ -510,6 +522,19 @@ def _facts(model: Model) -> tuple[int, float, str]:
         facts = model.steps, model.distance, model.digest
         if model.checkpoint is now:
             return facts
+
+
+def _auto_status(auto: Auto) -> AutoStatus:
+    """What auto has decided for a stream."""
+    return AutoStatus(
+        mode="source" if auto.held else "resting" if auto.resting else "awake",
+        change=auto.shift,
+        shift=auto.report.get("shift"),
+        share=auto.report.get("share"),
+        gain=auto.gain,
+        correlated=auto.prior.correlated,
+        evidence=auto.prior.evidence,
+    )
 
 
 def _bundle_status(host: Host) -> BundleStatus:

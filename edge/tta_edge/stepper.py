@@ -31,7 +31,7 @@ BURST_S = 10.0  # seconds whose budget may be saved up
 
 @dataclass
 class _Waiting:
-    """A stream with its window."""
+    """A stream with its window; that of a method which keeps one itself stays empty."""
 
     stream: Stream
     size: int
@@ -82,7 +82,7 @@ class Stepper:
         self._thread.start()
 
     def offer(self, stream: Stream, x: NDArray[Any]) -> bool:
-        """Collect the samples of an answered request.
+        """Collect the samples of an answered request; those of a method with a window of its own are in it already.
 
         Args:
             stream: that answered it and may adapt.
@@ -92,6 +92,8 @@ class Stepper:
             Whether they were taken: not where a step of the method has more samples than the window, or more bytes
             than all windows may have.
         """
+        if stream.auto is not None:
+            return self._offer_own(stream)
         spec = stream.model.spec
         size = step_size(self._policy, fixed=spec.batch, least=spec.min_batch)
         sample_bytes = max(1, x[0].nbytes)
@@ -111,6 +113,17 @@ class Stepper:
             before = waiting.window.nbytes
             self._stats.dropped(waiting.window.put(x))
             self._bytes += waiting.window.nbytes - before
+            self._queue(waiting)
+        return True
+
+    def _offer_own(self, stream: Stream) -> bool:
+        with self._changed:
+            if self._ending:
+                return False
+            waiting = self._waiting.get(stream.key)
+            if waiting is None or waiting.stream is not stream:
+                self._forget(stream.key)
+                waiting = self._waiting[stream.key] = _Waiting(stream, 0, Window(1), ())
             self._queue(waiting)
         return True
 
@@ -148,7 +161,11 @@ class Stepper:
 
     def _queue(self, waiting: _Waiting) -> None:
         window = waiting.window
-        if waiting.queued or not due(self._policy, waiting.size, waiting=len(window), fresh=window.fresh):
+        if waiting.stream.auto is not None:
+            wanted = waiting.stream.wants_step
+        else:
+            wanted = due(self._policy, waiting.size, waiting=len(window), fresh=window.fresh)
+        if waiting.queued or not wanted:
             return
         waiting.queued = True
         self._due.append(waiting)
@@ -185,20 +202,23 @@ class Stepper:
                 found
             )  # the next may be long in coming, and a stream that has left must not stay because of it
 
-    def _step(self, waiting: _Waiting, x: NDArray[Any]) -> None:
+    def _step(self, waiting: _Waiting, x: NDArray[Any] | None) -> None:
         stream = waiting.stream
         allowed, began_s = self._adapting(), self._clock()
         committed: bool | None = None
         try:
             if allowed:
-                committed = stream.step_on(x, allowed=self._adapting)
+                if x is None:
+                    committed = stream.step_on_window(allowed=self._adapting)
+                else:
+                    committed = stream.step_on(x, allowed=self._adapting)
         except InputError as error:
             log.warning("stream %s: a window could not be stepped on: %s", stream.name, error)
         except Exception:
             log.exception("a defect while stepping stream %s", stream.name)
         took_s = max(0.0, self._clock() - began_s)
         if committed is None:
-            self._stats.dropped(len(x))
+            self._stats.dropped(0 if x is None else len(x))
         else:
             self._stats.stepped(stream.bundle, "committed" if committed else "refused", took_s)
         with self._changed:
@@ -210,19 +230,21 @@ class Stepper:
                 self._queue(waiting)
             self._changed.notify_all()
 
-    def _next(self) -> tuple[_Waiting, NDArray[Any]] | None:
-        """The stream whose turn it is, with its samples; waits for one. None at the end."""
+    def _next(self) -> tuple[_Waiting, NDArray[Any] | None] | None:
+        """The stream whose turn it is, with its samples unless it has its own; waits for one. None at the end."""
         with self._changed:
             while not self._ending:
                 wait_s = self._affordable_in_s() if self._due else None
                 if wait_s == 0.0:
                     waiting = self._due.popleft()
                     waiting.queued = False
+                    self._stepping = True
+                    if waiting.stream.auto is not None:
+                        return waiting, None
                     before = waiting.window.nbytes
                     x, dropped = waiting.window.take(waiting.size, newest=self._policy.kind == "every")
                     self._bytes += waiting.window.nbytes - before
                     self._stats.dropped(dropped)
-                    self._stepping = True
                     return waiting, x
                 self._changed.wait(wait_s)
             return None

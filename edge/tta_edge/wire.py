@@ -237,6 +237,28 @@ class BundleStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How often it was loaded since the daemon started."""
 
 
+AutoMode = Literal["awake", "resting", "source"]
+
+
+class AutoStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the method auto has decided for a stream."""
+
+    mode: AutoMode
+    """`awake`: steps often; `resting`: settled, steps rarely; `source`: a step has nothing to add."""
+    change: float
+    """How far the images last moved, in standard deviations of single ones."""
+    shift: float | None = None
+    """Squared distance of the activations from the source's, in squared spreads of single samples; last step."""
+    share: float | None = None
+    """Of the shift that was undone, 0 to 1."""
+    gain: float | None = None
+    """Nats of information that the last step's predictions hold beyond the source's."""
+    correlated: bool = False
+    """Whether labels come in runs; then answers favour the classes that are present."""
+    evidence: float = 1.0
+    """For it: how far recent mean predictions depart from the long mean, in units of what chance gives."""
+
+
 class StreamStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stream's figures."""
 
@@ -265,6 +287,8 @@ class StreamStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     last_event: str = ""
     events: dict[str, int] = msgspec.field(default_factory=dict)
     """Reason code -> how often."""
+    auto: AutoStatus | None = None
+    """Of a stream whose method is auto."""
 
 
 class Requests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -389,11 +389,7 @@ def _write(
         theta=layout,
         graphs=graphs,
         methods={name: _describe(name, method.spec) for name, method in methods.items()},
-        default_method=options.default_method
-        or next(
-            (name for name, method in methods.items() if method.spec.trains and not method.spec.target),
-            next(iter(methods)),
-        ),
+        default_method=options.default_method or _default(methods),
         provenance={
             "tta-runtime": __version__,
             "torch": str(torch.__version__),
@@ -421,6 +417,14 @@ def _anchors(methods: Mapping[str, Method]) -> dict[str, np.ndarray]:
     return anchors
 
 
+def _default(methods: Mapping[str, Method]) -> str:
+    """The method that is served unless another is named: the one that decides for itself, or one that trains alone."""
+    specs = {name: method.spec for name, method in methods.items()}
+    deciding = [name for name, spec in specs.items() if spec.window]
+    training = [name for name, spec in specs.items() if spec.trains and not spec.target]
+    return next(iter((*deciding, *training, *methods)))
+
+
 def _describe(name: str, spec: MethodSpec) -> manifest.MethodSpec:
     return manifest.MethodSpec(
         doc=spec.doc,
@@ -440,6 +444,7 @@ def _describe(name: str, spec: MethodSpec) -> manifest.MethodSpec:
         report=list(spec.report),
         min_batch=spec.min_batch,
         rand=spec.rand,
+        window=spec.window,
         forwards=spec.forwards,
         backwards=spec.backwards,
     )

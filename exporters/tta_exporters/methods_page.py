@@ -29,6 +29,7 @@ OPTION_DOCS = {
     "views": "random views that the teacher is asked about",
     "loss": "`ce`, or `sce` for the symmetric form",
     "memory": "places of the memory, and after how many images it learns",
+    "window": "samples of a step that the host keeps, balanced by predicted class",
     "supports": "features kept for each class",
     "neighbours": "which neighbour's distance sets the width of the affinity",
     "iterations": "of the smoothing",

@@ -137,6 +137,8 @@ class MethodSpec(Struct, frozen=True, kw_only=True):
     """Passes through the network for each sample of one step; None: whoever built the bundle did not say."""
     backwards: float | None = None
     """Passes back through it, likewise."""
+    window: Count = 0
+    """How many recent samples, balanced by predicted class, the host keeps for a step; 0: a step takes what arrives."""
 
     @property
     def forward_equivalents(self) -> float | None:
@@ -175,12 +177,16 @@ class Manifest(Struct, frozen=True, kw_only=True):
     """Every file of the bundle but manifest.json."""
     provenance: dict[str, str] = {}
 
-    def needs_target(self, method: str) -> bool:
-        """Whether a method's steps learn from a teacher's logits: then it cannot adapt by itself."""
+    def takes_target(self, method: str) -> bool:
+        """Whether a method's steps take logits beside the images: a teacher's, or the stream's own earlier ones."""
         step = self.methods[method].step
         return step is not None and any(
             (port.bind, port.key) == ("batch", "target") for port in self.graphs[step].inputs
         )
+
+    def needs_teacher(self, method: str) -> bool:
+        """Whether a method's steps learn from a teacher's logits: then it cannot adapt by itself."""
+        return self.takes_target(method) and not self.methods[method].window
 
 
 class _Header(msgspec.Struct, frozen=True):

@@ -24,6 +24,7 @@ OUTPUT_BINDS = ("logits", "features", "theta", "state", "report")
 
 MAX_ELEMENTS = 1 << 40
 """Bound for any product of dimensions, so that sizes computed from a manifest stay ordinary numbers."""
+MAX_WINDOW = 4096
 MAX_RAND = 1 << 24
 MAX_PASSES = 1e6
 MAX_HYPER = 3e38
@@ -241,6 +242,16 @@ def _check_method(manifest: Manifest, name: str, method: MethodSpec) -> None:
                 REBUILD,
             )
         _check_use(manifest, name, method, graph_key, graph)
+    _need(
+        method.window <= MAX_WINDOW,
+        ManifestInconsistent,
+        f"{where}: window is {method.window} samples, the limit is {MAX_WINDOW}",
+    )
+    _need(
+        not method.window or manifest.takes_target(name),
+        ManifestInconsistent,
+        f"{where}: it has a window of {method.window} samples, but its step takes no target",
+    )
 
 
 # ------------------------------------------------------------------------------------------ B9: ports

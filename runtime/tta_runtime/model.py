@@ -252,7 +252,7 @@ class Model:
     @property
     def takes_target(self) -> bool:
         """Whether a step learns from a teacher's logits, and so needs them."""
-        return self.manifest.needs_target(self.method)
+        return self.manifest.takes_target(self.method)
 
     @property
     def digest(self) -> str:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from tta_adapters.base import Method
+from tta_adapters.methods.auto import Auto
 from tta_adapters.methods.cotta import Cotta
 from tta_adapters.methods.distill import Distill
 from tta_adapters.methods.eta import Eata, Eta
@@ -38,6 +39,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "lame": Lame,
     "t3a": T3a,
     "zoa": Zoa,
+    "auto": Auto,
     "distill": Distill,
     "vida": Vida,
 }

@@ -1,18 +1,15 @@
-"""Who answers a stream. A player is a method, bare or guarded, or whatever else gives logits for a batch.
-
-To add one, write a class with the three members of `Player` and name it in `SPECIAL`.
-"""
+"""Who answers a stream: a method of a bundle, bare or inside the daemon's guards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tta_edge.adapt import Guards, Stream
+from tta_edge.adapt import STANDARD, Guards, Stream
 from tta_edge.evaluate import step_and_answer
 from tta_edge.suite.errors import UnknownPlayer
 from tta_edge.suite.meter import Meter
@@ -61,23 +58,6 @@ class Player(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Special:
-    """A player that is not simply a method of the bundle.
-
-    Attributes:
-        make: name, bundle, options, seed -> the player.
-        fits: whether a bundle has what it needs.
-    """
-
-    make: Callable[[str, Bundle, EngineOptions | None, int], Player]
-    fits: Callable[[Manifest], bool]
-
-
-SPECIAL: Mapping[str, Special] = {}
-"""Players of their own, by name; they come before methods of that name."""
-
-
 def make_player(
     name: str,
     bundle: Bundle,
@@ -89,7 +69,7 @@ def make_player(
     """The player of that name.
 
     Args:
-        name: one of `SPECIAL`, a method of the bundle, or a method with `+guards` behind it.
+        name: a method of the bundle, or a method with `+guards` behind it. One that keeps a window has no bare form.
         bundle: opened.
         options: threads and provider.
         seed: of the method's random numbers.
@@ -103,14 +83,11 @@ def make_player(
     if not can_play(name, manifest):
         raise UnknownPlayer(
             f"the bundle of {manifest.model_id} has no method `{name}` that adapts by itself"
-            + did_you_mean(
-                name, [each for each in (*SPECIAL, *manifest.methods) if can_play(each, manifest)]
-            ),
+            + did_you_mean(name, [each for each in manifest.methods if can_play(each, manifest)]),
             "Build it with that method, or leave it out",
         )
-    if name in SPECIAL:
-        return SPECIAL[name].make(name, bundle, options, seed)
-    method, guarded = name.removesuffix(GUARDED), name.endswith(GUARDED)
+    method = name.removesuffix(GUARDED)
+    guarded = name.endswith(GUARDED) or manifest.methods[method].window > 0
     meter = Meter(manifest)
     engines = Engines.load(bundle, methods=[method], options=options, loader=meter.loader)
     model = Model(engines, method, hyper=hyper or {}, seed=seed)
@@ -122,10 +99,8 @@ def can_play(name: str, manifest: Manifest) -> bool:
 
     A method that learns from a teacher cannot adapt by itself.
     """
-    if name in SPECIAL:
-        return SPECIAL[name].fits(manifest)
     method = name.removesuffix(GUARDED)
-    return method in manifest.methods and not manifest.needs_target(method)
+    return method in manifest.methods and not manifest.needs_teacher(method)
 
 
 class BareMethod:
@@ -180,7 +155,7 @@ class GuardedMethod:
         self.name = name
         self._model = model
         self._meter = meter
-        self._guards = guards or Guards(max_distance=1.0, reset_every_steps=1000)
+        self._guards = guards or STANDARD
         self._stream = self._new()
 
     def reset(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from tta_edge.evaluate import is_frozen
 from tta_edge.suite.catalogue import StreamSpec
 from tta_edge.suite.errors import SuiteOption
-from tta_edge.suite.players import SPECIAL, can_play
+from tta_edge.suite.players import can_play
 from tta_edge.suite.result import Result
 from tta_edge.suite.stage import Seat, Setup, Stage
 from tta_edge.suite.store import Store
@@ -217,7 +217,7 @@ def _check_methods(names: Sequence[str], stages: Sequence[Stage]) -> None:
     """Refuse a name that no bundle has a player for; one that some bundles lack is left out there."""
     manifests = [stage.bundle.manifest for stage in stages]
     known = dict.fromkeys(
-        name for manifest in manifests for name in (*SPECIAL, *manifest.methods) if can_play(name, manifest)
+        name for manifest in manifests for name in manifest.methods if can_play(name, manifest)
     )
     for name in names:
         if not any(can_play(name, manifest) for manifest in manifests):
