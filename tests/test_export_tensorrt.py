@@ -20,7 +20,7 @@ from tta_exporters.tensorrt import build_plan
 REFUSED: dict[tuple[str, str], str] = {}
 """(method, network): operator."""
 
-SETTINGS = {"cotta": {"views": "1"}, "lame": {"iterations": "10"}, "vida": {"views": "1"}}
+SETTINGS = {"cotta": {"views": "1"}, "lame": {"iterations": "10"}, "vida": {"views": "2"}}
 """Fewer repetitions of the same nodes."""
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tensorrt.md"
