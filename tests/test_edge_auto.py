@@ -23,12 +23,12 @@ from tta_edge.client import Client
 from tta_edge.config import BundleConfig, Config
 from tta_edge.doctor_bundle import check_bundle
 from tta_edge.evaluate import Plan, evaluate
-from tta_edge.events import Event
+from tta_edge.events import Event, Reason
 from tta_edge.gallery import Shelf
 from tta_edge.metrics import exposition
 from tta_edge.streams.sources import open_source
 from tta_exporters.build import build
-from tta_runtime import Bundle, Engines, Model
+from tta_runtime import Bundle, Engines, Limits, Model
 from tta_runtime.errors import EngineFailed, NonFinite, StateError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -287,6 +287,31 @@ def test_little_memory_means_a_small_window_and_none_means_no_step(engines: Engi
     none, _ = made(engines, shelf=Shelf(8 * sample))
     play(none, shifted(images(256, 1016)))
     assert none.model.steps == 0
+
+
+@pytest.mark.parametrize("limits", [Limits(max_batch=40), Limits(max_bytes=40 * 4 * 3 * SIZE * SIZE)])
+def test_the_window_is_no_larger_than_a_request_may_be(engines: Engines, limits: Limits) -> None:
+    stream = Stream("s", Model(engines, "auto", limits=limits), STANDARD)
+    play(stream, shifted(images(256, 1024)))
+    assert stream.auto is not None
+    assert len(stream.auto.gallery) == 40
+    assert stream.model.distance > 0
+
+
+def test_a_collapse_rolls_back_and_the_batch_is_answered(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, events = made(engines)
+    x = shifted(images(320, 1025))
+    play(stream, x[:256])
+    monkeypatch.setattr(stream.monitor, "observe", lambda *_: "all in one class")
+    answer = stream.answer(x[256:])
+    assert answer.reason is Reason.COLLAPSE
+    assert ("rollback", "collapse") in told(events)
+    assert answer.logits.shape == (64, CLASSES)
+    assert stream.auto is not None
+    assert len(stream.auto.gallery) == 0
+    assert stream.model.distance == 0
 
 
 def test_streams_share_the_memory_and_the_quiet_one_gives_way(engines: Engines) -> None:

@@ -118,7 +118,7 @@ class Auto:
         self._model = model
         self._low, self._high = model.manifest.input.low, model.manifest.input.high
         self._shelf = shelf
-        self.gallery = Gallery(model.spec.window)
+        self.gallery = Gallery(min(model.spec.window, model.limits.max_batch))
         self.prior = Prior(model.manifest.classes)
         self.change = Change.NONE
         self.report: Mapping[str, float] = {}
@@ -175,7 +175,14 @@ class Auto:
         if change is not Change.NONE:
             self.change = change
             self._since = 0
-        self._fresh += self._shelf.add(self.gallery, x, logits, seen, source=self._model.distance == 0)
+        self._fresh += self._shelf.add(
+            self.gallery,
+            x,
+            logits,
+            seen,
+            source=self._model.distance == 0,
+            at_most=self._model.limits.max_bytes // max(1, x[0].nbytes),
+        )
         return change
 
     def correct(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -184,7 +191,9 @@ class Auto:
         Args:
             logits: [batch, C], of the serving graph.
         """
-        return self.prior.apply(logits, self._usual)
+        # After a rollback since then nothing is known of them.
+        fits = len(self._usual) == len(logits)
+        return self.prior.apply(logits, self._usual if fits else np.zeros(len(logits), dtype=np.bool_))
 
     def _shows(self, seen: Floats) -> NDArray[np.bool_]:
         """[batch], which samples show a scene: not those without contrast, nor what is the same as one before it."""

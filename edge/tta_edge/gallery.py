@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -177,15 +178,21 @@ class Shelf:
             return self._held()
 
     def add(
-        self, gallery: Gallery, x: NDArray[Any], logits: NDArray[np.float32], sights: Floats, *, source: bool
+        self,
+        gallery: Gallery,
+        x: NDArray[Any],
+        logits: NDArray[np.float32],
+        sights: Floats,
+        *,
+        source: bool,
+        at_most: int = sys.maxsize,
     ) -> int:
         """`Gallery.add` within the bound."""
         with self._lock:
             self._galleries[id(gallery)] = gallery
             self._galleries.move_to_end(id(gallery))
-            taken = gallery.add(
-                x, logits, sights, source=source, at_most=self._max_bytes // max(1, x[0].nbytes)
-            )
+            room = min(at_most, self._max_bytes // max(1, x[0].nbytes))
+            taken = gallery.add(x, logits, sights, source=source, at_most=room)
             while self._held() > self._max_bytes:
                 _, other = self._galleries.popitem(last=False)
                 other.clear()
