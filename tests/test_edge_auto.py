@@ -26,6 +26,7 @@ from tta_edge.evaluate import Plan, evaluate
 from tta_edge.events import Event, Reason
 from tta_edge.gallery import Shelf
 from tta_edge.metrics import exposition
+from tta_edge.status_view import state
 from tta_edge.streams.sources import open_source
 from tta_exporters.build import build
 from tta_runtime import Bundle, Engines, Limits, Model
@@ -362,6 +363,7 @@ def test_the_daemon_serves_it_unless_told_otherwise_and_says_what_it_decides(
         assert stream.auto.share is not None
         assert 0 < stream.auto.share <= 1
         assert stream.events["shift"] >= 1
+        assert state(stream).plain == f"auto: {stream.auto.mode}"
         page = exposition(*server.telemetry()).decode()
         assert 'tta_events_total{action="wake",reason="shift"}' in page
         assert reply.logits.shape == (8, 7)

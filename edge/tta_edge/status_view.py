@@ -253,8 +253,11 @@ def plain_table(*columns: str) -> Table:
 
 
 def state(stream: StreamStatus) -> Text:
-    """What a stream does, in its colour."""
-    return Text(stream.state, style=STATE_STYLES[stream.state])
+    """What a stream does, in its colour; of one that auto decides for, what it has decided."""
+    words: str = stream.state
+    if stream.auto is not None and stream.state == "adapting":
+        words = f"auto: {stream.auto.mode}"
+    return Text(words, style=STATE_STYLES[stream.state])
 
 
 def number(value: float | None, digits: int) -> str:
