@@ -20,7 +20,7 @@ from torch import Tensor
 from tta_adapters import normalise
 from tta_adapters.network import NetworkAdapter
 from tta_adapters.select import SelectionError
-from tta_adapters.tape import join
+from tta_adapters.tape import join, scale_and_shift
 
 FLOOR = 1e-5
 """Added to variances, so that a dead channel divides nothing by zero."""
@@ -143,7 +143,6 @@ class _Pass:
         treat: Callable[[Layer, Tensor], tuple[Tensor, Tensor] | None],
     ) -> None:
         self._treat = treat
-        self._tensors = tensors
         self._layer_of: dict[int, Layer] = {}
         for layer in layers:
             key = join(layer.name, "running_mean" if layer.tracked else "weight")
@@ -168,12 +167,10 @@ class _Pass:
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        channels = x.shape[1]
-        weight = torch.ones(channels, dtype=x.dtype) if weight is None else weight
-        bias = torch.zeros(channels, dtype=x.dtype) if bias is None else bias
+        weight, bias = scale_and_shift(x, weight, bias)
         if running_mean is None or running_var is None:
             return normalise.batch_norm(x, weight, bias, eps)[0]
-        found = self._treat(self._layer_of[id(running_mean)], x.reshape(x.shape[0], channels, -1))
+        found = self._treat(self._layer_of[id(running_mean)], x.reshape(x.shape[0], x.shape[1], -1))
         mean, var = (running_mean, running_var) if found is None else found
         return normalise.scale_shift(x, mean, var, weight, bias, eps)
 

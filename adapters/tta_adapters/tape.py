@@ -25,6 +25,15 @@ def join(prefix: str, attribute: str) -> str:
     return f"{prefix}.{attribute}" if prefix else attribute
 
 
+def scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and shift of x [batch, C, ...], [C] each: 1 and 0 for a normalisation that has none."""
+    channels = x.shape[1]
+    return (
+        torch.ones(channels, dtype=x.dtype) if weight is None else weight,
+        torch.zeros(channels, dtype=x.dtype) if bias is None else bias,
+    )
+
+
 class Tape(TorchFunctionMode):
     """Answers normalisation calls of one forward pass and records the batch statistics of each BatchNorm.
 
@@ -86,9 +95,7 @@ class Tape(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        channels = x.shape[1]
-        weight = torch.ones(channels) if weight is None else weight
-        bias = torch.zeros(channels) if bias is None else bias
+        weight, bias = scale_and_shift(x, weight, bias)
         if running_mean is None or running_var is None:
             return normalise.batch_norm(x, weight, bias, eps)[0]
         if isinstance(self._statistics, str) and self._statistics == "running":

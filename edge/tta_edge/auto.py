@@ -108,7 +108,6 @@ class Auto:
         shelf: bounds the memory of windows.
 
     Attributes:
-        change: the last change in the images.
         report: of the last committed step.
         held: whether the source serves, because the last step had nothing to add.
         gain: of the last step, in nats; None before the first.
@@ -120,7 +119,6 @@ class Auto:
         self._shelf = shelf
         self.gallery = Gallery(min(model.spec.window, model.limits.max_batch))
         self.prior = Prior(model.manifest.classes)
-        self.change = Change.NONE
         self.report: Mapping[str, float] = {}
         self._begin()
 
@@ -173,7 +171,6 @@ class Auto:
             self._typical = None
             self._pause = CHUNK
         if change is not Change.NONE:
-            self.change = change
             self._since = 0
         self._fresh += self._shelf.add(
             self.gallery,

@@ -65,6 +65,11 @@ def noise(spec: InputSpec | InputInfo, batch: int, rng: np.random.Generator) -> 
     return rng.uniform(spec.low, spec.high, shape).astype(spec.dtype)
 
 
+def sample_bytes(spec: InputSpec) -> int:
+    """Bytes of one sample; free dimensions are 32."""
+    return noise(spec, 1, np.random.default_rng(0)).nbytes
+
+
 def runs(name: str, model: Model, x: NDArray[Any]) -> list[Check]:
     """One forward and one step, timed when warm, with finite outputs."""
     checks = []
@@ -106,7 +111,7 @@ def batches(name: str, manifest: Manifest, method: str, config: Config, batch: i
     if spec.step is None:
         return ok(check, f"method {method} has no step: any batch will do")
     if spec.window:
-        fits = config.max_window_bytes // noise(manifest.input, 1, np.random.default_rng(0)).nbytes
+        fits = config.max_window_bytes // sample_bytes(manifest.input)
         where = "in the request that makes one due" if config.policy == "inline" else "in the background"
         text = f"policy {config.policy}, requests of any size: steps on a window of {spec.window} samples, {where}"
         if fits < spec.window:

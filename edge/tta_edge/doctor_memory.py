@@ -22,7 +22,7 @@ from tta_edge.checks import Check, fail, ok, warn
 from tta_edge.client import Client
 from tta_edge.config import HTTP_OFF, Config
 from tta_edge.demo import daemon
-from tta_edge.doctor_bundle import noise
+from tta_edge.doctor_bundle import noise, sample_bytes
 from tta_edge.errors import Busy
 from tta_edge.wire import StatusReply, StreamStatus
 from tta_runtime import Bundle, Manifest
@@ -170,7 +170,7 @@ def _predict_for(config: Config, manifest: Manifest, stream: StreamStatus, rss_b
         config.max_streams,
         theta=manifest.theta.size,
         state=state_bytes(manifest, stream.method),
-        sample_bytes=noise(manifest.input, 1, np.random.default_rng(0)).nbytes,
+        sample_bytes=sample_bytes(manifest.input),
         waiting=stream.window,
         window=manifest.methods[stream.method].window or config.window,
         max_window_bytes=config.max_window_bytes,

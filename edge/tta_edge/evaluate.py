@@ -329,15 +329,12 @@ class _Player:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._stream = Stream("evaluate", model, STANDARD) if model.spec.window else None
+        self.reset()
 
     def reset(self) -> None:
         """Back to the source."""
-        if self._stream is None:
-            self.model.reset()
-        else:
-            self._stream = Stream("evaluate", self.model, STANDARD)
-            self._stream.reset()
+        self.model.reset()
+        self._stream = Stream("evaluate", self.model, STANDARD) if self.model.spec.window else None
 
     def answer(self, x: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
         """Logits for a batch, having stepped where it can; False if a step had to be thrown away."""

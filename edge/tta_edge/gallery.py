@@ -25,6 +25,7 @@ class _Entry:
         logits: [C], what it was last predicted as.
         source: [C], the frozen source's; None until they are known.
         sight: [S].
+        predicted: the class; kept, because every arrival counts those of the whole window.
     """
 
     key: int
@@ -32,11 +33,7 @@ class _Entry:
     logits: NDArray[np.float32]
     source: NDArray[np.float32] | None
     sight: Floats
-
-    @property
-    def predicted(self) -> int:
-        """The class."""
-        return int(self.logits.argmax())
+    predicted: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +111,13 @@ class Gallery:
             if capacity < 1 or seen.tobytes() in known:
                 continue
             known.add(seen.tobytes())
+            predicted = int(own.argmax())
             while len(self) >= capacity:
-                self.nbytes -= self._entries.pop(self._crowded(int(own.argmax()))).x.nbytes
+                self.nbytes -= self._entries.pop(self._crowded(predicted)).x.nbytes
             kept = own.copy()
-            entry = _Entry(self._next, np.array(sample), kept, kept if source else None, seen.copy())
+            entry = _Entry(
+                self._next, np.array(sample), kept, kept if source else None, seen.copy(), predicted
+            )
             self._entries.append(entry)
             self._next += 1
             self.nbytes += sample.nbytes
@@ -147,6 +147,7 @@ class Gallery:
         for entry in self._entries:
             if entry.key in now:
                 entry.logits, entry.source = (each.copy() for each in now[entry.key])
+                entry.predicted = int(entry.logits.argmax())
 
     def _crowded(self, arriving: int) -> int:
         """The place of the sample that leaves."""
