@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import tiny_bundle
-from tta_edge.auto import GAIN, Auto, Task, Typical, information
+from tta_edge.auto import GAIN, LOSS, Auto, Task, Typical, information
 from tta_edge.gallery import Contents, Gallery, Shelf
 from tta_edge.prior import ON, PSEUDO, RECENT, ROUNDS, Prior, expectation_maximisation
 from tta_edge.sight import CHUNK, MEMORY, OFFSET, WEAK_SAMPLES, Change, Watch, sight
@@ -713,12 +713,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model.open(path, method="tent")
 
 
-def judged(model: Model, source: Logits, stepped: Logits, weight: list[float]) -> tuple[Step, Any]:
+def judged(
+    model: Model, source: Logits, stepped: Logits, weight: list[float], **report: float
+) -> tuple[Step, Any]:
     x, seen = numbered(0, len(weight), size=tiny_bundle.D)
     task = Task(
         Contents(x, stepped, source, seen, tuple(range(len(weight)))), np.array(weight, dtype=np.float32)
     )
-    step = Step(stepped, model.theta0 + 1, {}, {"entropy": 0.5})
+    step = Step(stepped, model.theta0 + 1, {}, {"entropy": 0.5, **report})
     return step, Auto(model, Shelf(1000)).judge(task, step)
 
 
@@ -751,6 +753,31 @@ def test_a_step_that_adds_nothing_returns_to_the_source(
     np.testing.assert_array_equal(verdict.step.theta, model.theta0)
     assert verdict.step.report == step.report
     np.testing.assert_array_equal(verdict.step.logits, stepped)
+
+
+@pytest.mark.parametrize(
+    ("shift", "less", "held"),
+    [
+        (0.9, 0.0, True),
+        (1.1, 0.0, False),
+        (1.1, 0.9 * LOSS, False),
+        (1.1, 1.1 * LOSS, True),
+        (50.0, 1.0, True),
+    ],
+)
+def test_far_from_the_source_a_step_may_say_a_little_less(
+    model: Model, shift: float, less: float, held: bool
+) -> None:
+    low, high = 0.5, 8.0  # the logits that say just so much less are between
+    wanted = information(CLEAR) - less
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (
+            (middle, high) if information(one_hot([0, 1, 2] * 2, 3, middle)) < wanted else (low, middle)
+        )
+    _, verdict = judged(model, CLEAR, one_hot([0, 1, 2] * 2, 3, high), [1.0] * 6, shift=shift)
+    assert verdict.gain == pytest.approx(-less, abs=1e-3)
+    assert verdict.held == held
 
 
 def test_samples_that_do_not_count_have_no_say_in_what_a_step_is_worth(model: Model) -> None:

@@ -24,8 +24,8 @@ from tta_adapters.tape import join, scale_and_shift
 
 FLOOR = 1e-5
 """Added to variances, so that a dead channel divides nothing by zero."""
-LIMIT = 3.0
-"""Largest |log| by which classes may explain a variance, and largest of a shifted one."""
+LIMIT = 6.0
+"""Largest |log| by which classes may explain a variance, and largest of a shifted one: 1/20 of the contrast."""
 OUTLIER = 25.0
 """Largest squared distance of one channel, in squared spreads: one channel must not speak for its layer."""
 
@@ -39,12 +39,14 @@ class Layer:
         tracked: whether theta holds running statistics of it (BatchNorm); else theta holds its affine parameters.
         size: E, how many channels (or elements) have moments of their own.
         start: place of the first of them in a vector over all layers.
+        index: place of the layer among all.
     """
 
     name: str
     tracked: bool
     size: int
     start: int
+    index: int
 
     @property
     def part(self) -> slice:
@@ -75,6 +77,7 @@ class Reference(NamedTuple):
         class_mean: [C, E], mean where the source predicts a class.
         class_square: [C, E], mean square likewise.
         prior: [C], the source's mean prediction.
+        apart: [layers], how far the class that lies furthest from the source is from it, in squared spreads.
     """
 
     mean: Tensor
@@ -84,6 +87,7 @@ class Reference(NamedTuple):
     class_mean: Tensor
     class_square: Tensor
     prior: Tensor
+    apart: Tensor
 
 
 class Aligned(NamedTuple):
@@ -118,7 +122,7 @@ def aligned_layers(adapter: NetworkAdapter) -> list[Layer]:
         tracked = name in running
         if not tracked and (join(path, "running_mean") in names or join(path, "bias") not in names):
             continue
-        layers.append(Layer(path, tracked, names[name], start))
+        layers.append(Layer(path, tracked, names[name], start, len(layers)))
         start += names[name]
     if not layers:
         raise SelectionError(
@@ -267,16 +271,14 @@ def measure(adapter: NetworkAdapter, layers: Sequence[Layer], batches: Sequence[
                 mean[layer.part] = tensors[join(layer.name, "running_mean")].to(mean.dtype)
                 var[layer.part] = tensors[join(layer.name, "running_var")].to(var.dtype)
         about = square - 2 * mean * own + mean * mean
+        mean_spread = own.var(0, correction=0) + FLOOR
+        var_spread = about.var(0, correction=0) / (var + FLOOR).square() + FLOOR
         weight = p / (p.sum(0) + 1e-6)
-        return Reference(
-            mean,
-            var,
-            own.var(0, correction=0) + FLOOR,
-            about.var(0, correction=0) / (var + FLOOR).square() + FLOOR,
-            weight.T @ own,
-            weight.T @ square,
-            p.mean(0),
-        )
+        class_mean, class_square = weight.T @ own, weight.T @ square
+        change = torch.log((_variance(class_mean, class_square) + FLOOR) / (var + FLOOR)).clamp(-LIMIT, LIMIT)
+        far = _squared(class_mean - mean, change, mean_spread, var_spread)
+        apart = torch.stack([far[:, layer.part].mean(1).amax() for layer in layers])
+        return Reference(mean, var, mean_spread, var_spread, class_mean, class_square, p.mean(0), apart)
 
 
 def align(
@@ -293,14 +295,15 @@ def align(
 ) -> Aligned:
     """One forward pass in which every layer's moments are moved to the source's, and the theta that does the same.
 
-    For each layer, with samples weighted by w: m, v = mean and variance of the channel; what the classes of the
-    samples explain is taken away, m_c = m + m_ref(prior) - m_ref(pi), v_c = v * v_ref(prior) / v_ref(pi), with pi the
-    samples' mean class probabilities and m_ref, v_ref the source's moments under such a mixture of classes. The
-    distance d = mean over channels of ((m_c - m_0)^2 / spread_m + log(v_c / v_0)^2 / spread_v) / 2 is compared with
-    what chance and wrong classes give without any shift, A = 1 / n + caution * KL(pi || prior) / ln C * D, with D the
+    For each layer, with samples weighted by w: m, v = mean and variance of the channel; m_ref, v_ref = the source's
+    under a mixture of classes; pi = the samples' mean class probabilities. What the classes of the samples explain is
+    taken away, m_c = m + t (m_ref(prior) - m_ref(pi)), v_c = v (v_ref(prior) / v_ref(pi))^t. The distance
+    d = mean over channels of ((m_c - m_0)^2 / spread_m + log(v_c / v_0)^2 / spread_v) / 2 is compared with what
+    chance and wrong classes give without any shift, A = 1 / n + caution * KL(pi || prior) / ln C * D, with D the
     distance of the class that lies furthest from the source by itself: the positive-part James-Stein factor
-    a = max(0, 1 - A / d) is the share of the shift that is undone. Where KL / ln C is at most ``even``, classes
-    explain nothing worth having, and wrong ones would only mislead: pi is taken to be the prior.
+    a = max(0, 1 - A / d) is the share of the shift that is undone. t = min(1, D / d at t = 0): where the samples are
+    farther off than any class is, classes are not why, and what they are predicted as tells little. Where KL / ln C is
+    at most ``even``, pi is taken to be the prior, for the same reason.
 
     Args:
         adapter: whose network runs.
@@ -328,7 +331,6 @@ def align(
     pi = torch.where(is_even, reference.prior, pi)
     chance = (w * w).sum()
     doubt = caution * torch.where(is_even, torch.zeros_like(uneven), uneven)
-    apart = _class_distances(reference)
     here = _mixture(pi, reference)
     usual = _mixture(reference.prior, reference)
     explained = torch.log((usual.var + FLOOR) / (here.var + FLOOR)).clamp(-LIMIT, LIMIT)
@@ -342,18 +344,20 @@ def align(
         centred = flat - mean[:, None]
         var = w @ (centred * centred).mean(2)
         mean0, var0 = reference.mean[part], reference.var[part]
-        mean = mean + (usual.mean - here.mean)[part]
-        change = (torch.log((var + FLOOR) / (var0 + FLOOR)) + explained[part]).clamp(-LIMIT, LIMIT)
-        offset = mean - mean0
-        distance = _squared(offset, change, reference, part).mean()
-        noise = chance + doubt * apart[:, part].mean(1).amax(0)
-        share = torch.relu(1 - noise / (distance + 1e-12))
+        offset, change = mean - mean0, torch.log((var + FLOOR) / (var0 + FLOOR))
+        spreads = reference.mean_spread[part], reference.var_spread[part]
+        plain = _squared(offset, change.clamp(-LIMIT, LIMIT), *spreads).mean()
+        outermost = reference.apart[layer.index]
+        trust = torch.minimum(outermost / (plain + 1e-12), torch.ones_like(plain))
+        offset = offset + trust * (usual.mean - here.mean)[part]
+        change = (change + trust * explained[part]).clamp(-LIMIT, LIMIT)
+        distance = _squared(offset, change, *spreads).mean()
+        share = torch.relu(1 - (chance + doubt * outermost) / (distance + 1e-12))
         distances.append(distance)
         shares.append(share)
         mean, ratio = mean0 + share * offset, torch.exp(share * change)
         if layer.tracked:
-            var = (var0 + FLOOR) * ratio - FLOOR
-            var = torch.relu(var)
+            var = torch.relu((var0 + FLOOR) * ratio - FLOOR)
             moved[join(layer.name, "running_mean")] = mean
             moved[join(layer.name, "running_var")] = var
             return mean, var
@@ -370,35 +374,29 @@ def align(
     return Aligned(out.logits, proposed, torch.stack(distances).mean(), torch.stack(shares).mean())
 
 
-def _squared(offset: Tensor, change: Tensor, reference: Reference, part: slice) -> Tensor:
-    """Squared distances of channels from the source, [..., E of the part], in squared spreads of single samples.
+def _squared(offset: Tensor, change: Tensor, mean_spread: Tensor, var_spread: Tensor) -> Tensor:
+    """Squared distances of channels from the source, [..., E], in squared spreads of single samples.
 
     Args:
-        offset: of the mean.
-        change: of the log variance.
-        reference: of the source.
-        part: which channels.
+        offset: [..., E], of the mean.
+        change: [..., E], of the log variance.
+        mean_spread: [E], of the source.
+        var_spread: [E], likewise.
     """
-    squares = (
-        offset * offset / reference.mean_spread[part],
-        change * change / reference.var_spread[part],
-    )
+    squares = offset * offset / mean_spread, change * change / var_spread
     first, second = (torch.minimum(each, torch.full_like(each, OUTLIER)) for each in squares)
     return 0.5 * (first + second)
 
 
-def _class_distances(reference: Reference) -> Tensor:
-    """How far each class alone is from the source, [C, E]."""
-    mean = reference.class_mean
-    var = torch.relu(reference.class_square - mean * mean)
-    change = torch.log((var + FLOOR) / (reference.var + FLOOR)).clamp(-LIMIT, LIMIT)
-    return _squared(mean - reference.mean, change, reference, slice(None))
+def _variance(mean: Tensor, square: Tensor) -> Tensor:
+    """From mean and mean square, not below 0."""
+    return torch.relu(square - mean * mean)
 
 
 def _mixture(pi: Tensor, reference: Reference) -> Moments:
     """The source's moments if classes came in these proportions."""
     mean = pi @ reference.class_mean
-    return Moments(mean, torch.relu(pi @ reference.class_square - mean * mean))
+    return Moments(mean, _variance(mean, pi @ reference.class_square))
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -30,6 +30,10 @@ LEAST = 8  # samples that are like the others; of fewer there are no moments
 FAR = 3.5  # spreads from the median, beyond which a sample of the window is not like the others
 SPREAD = 0.05  # added to spreads: samples that are alike have none
 GAIN = 0.02  # nats of information that a step must add to what the source's predictions hold
+SHIFTED = 1.0  # squared spreads from the source, beyond which images are of another world
+LOSS = (
+    0.1  # nats that a step may lose there: a source that is sure of what it does not know informs of nothing
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +224,8 @@ class Auto:
         """Whether a step is worth committing.
 
         Where adapting helps, predictions say more about the samples than the source's do: they are more certain of
-        each or less alike over all. Where they do not, the source serves.
+        each or less alike over all. Where they do not, the source serves. Far from the source about as much is enough:
+        there the source may be certain and wrong.
 
         Args:
             task: that it was made on; what the source says of its samples is known.
@@ -228,7 +233,7 @@ class Auto:
         """
         counts = task.weight > 0
         gain = information(step.logits[counts]) - information(task.contents.source[counts])
-        held = gain < GAIN
+        held = gain < (-LOSS if step.report.get("shift", 0.0) > SHIFTED else GAIN)
         return Verdict(replace(step, theta=self._model.theta0) if held else step, held, gain)
 
     def stepped(self, task: Task, verdict: Verdict | None) -> None:
