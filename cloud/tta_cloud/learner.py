@@ -1,0 +1,262 @@
+"""The learner of one group: a teacher that adapts to what edges send, and a student that follows it.
+
+One round of CEMA's cloud: the teacher takes a step of entropy minimisation on the new samples, then the student
+takes steps of distillation on new and remembered ones. Arrays in, a theta out; where samples come from and where the
+theta goes is the service's.
+
+Source: Chen et al., Towards Robust and Efficient Cloud-Edge Elastic Model Adaptation via Selective Entropy
+Distillation, ICLR 2024, algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tta_cloud.errors import SnapshotUnreadable, TeacherUnfit
+from tta_runtime.arrays import is_finite
+from tta_runtime.errors import StateError
+from tta_runtime.model import Engines, Model
+from tta_runtime.theta import Vector
+
+METHOD = "distill"
+ENTROPY_ONLY = {"alpha": 1.0, "beta": 0.0, "gamma": 0.0}
+"""The weights under which a step of distillation is the teacher's entropy minimisation (eq. 5 of the paper)."""
+
+
+@dataclass(frozen=True)
+class LearnerOptions:
+    """How a group learns.
+
+    Attributes:
+        new: fresh samples of a round.
+        replay: remembered samples beside them, at most.
+        rounds: steps of the student in a round, each on a draw of its own.
+        student_lr: learning rate of the student.
+        teacher_lr: of the teacher; 0 leaves the teacher as it is but for its running statistics.
+        adapt_teacher: whether the teacher steps at all.
+        alpha: weight of the student's own entropy.
+        beta: weight of the divergence from the teacher.
+        gamma: weight of the teacher's label.
+        temperature: of both distributions in the divergence.
+    """
+
+    new: int = 32
+    replay: int = 96
+    rounds: int = 3
+    student_lr: float = 2.5e-3
+    teacher_lr: float = 2.5e-4
+    adapt_teacher: bool = True
+    alpha: float = 0.0
+    beta: float = 3.0
+    gamma: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did.
+
+    Attributes:
+        samples: new ones that were learned from.
+        loss: of the student's last step.
+        divergence: mean KL of teacher and student on it, in nats.
+        agreement: share of it on which both named the same class before the step.
+        refused: whether a step would have made something non-finite, and everything is as it was.
+    """
+
+    samples: int
+    loss: float
+    divergence: float
+    agreement: float
+    refused: bool
+
+
+class _Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a learner stands: two state files."""
+
+    student: bytes
+    teacher: bytes
+    rounds: int
+
+
+class Learner:
+    """Teacher and student of one group. For one thread.
+
+    Args:
+        student: graphs of the edges' bundle, `distill` among them.
+        teacher: graphs of the larger model's bundle, likewise.
+        options: see :class:`LearnerOptions`.
+
+    Attributes:
+        rounds: how many were made.
+
+    Raises:
+        UnknownMethod: a bundle has no `distill`.
+        TeacherUnfit: the teacher takes other inputs or knows other classes than the student.
+    """
+
+    def __init__(self, student: Engines, teacher: Engines, options: LearnerOptions) -> None:
+        self.options = options
+        self._student = Model(
+            student,
+            METHOD,
+            hyper={
+                "lr": options.student_lr,
+                "alpha": options.alpha,
+                "beta": options.beta,
+                "gamma": options.gamma,
+                "temperature": options.temperature,
+            },
+        )
+        self._teacher = Model(teacher, METHOD, hyper={"lr": options.teacher_lr, **ENTROPY_ONLY})
+        check_fit(self._student, self._teacher)
+        self.rounds = 0
+
+    @property
+    def theta(self) -> Vector:
+        """The student's theta, [P], read-only: what a patch carries."""
+        return self._student.theta
+
+    @property
+    def digest(self) -> str:
+        """Digest of the student's theta."""
+        return self._student.digest
+
+    def teach(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        """The teacher's logits [n, C] as it stands.
+
+        Args:
+            x: [n, ...] as edges have it.
+        """
+        return self._teacher.predict(x).logits
+
+    def predict(self, theta: Vector, x: NDArray[Any]) -> NDArray[np.float32]:
+        """The logits [n, C] that an edge would give with a theta.
+
+        Args:
+            theta: [P].
+            x: [n, ...].
+        """
+        probe = Model(self._student.engines, METHOD)
+        probe.swap(theta)
+        return probe.predict(x).logits
+
+    def learn(self, new: NDArray[Any], replays: Sequence[NDArray[Any]]) -> Round:
+        """One round.
+
+        Args:
+            new: [n, ...], samples that were not learned from before; at least what a step takes.
+            replays: one draw of remembered samples [m, ...] for each of the student's steps; m may be 0.
+
+        Raises:
+            InputError: samples are not what the models take; nothing has changed.
+            EngineError: an engine failed; nothing has changed.
+        """
+        before = self._teacher.checkpoint, self._student.checkpoint
+        try:
+            report = self._round(new, replays)
+        except BaseException:
+            self._return(*before)
+            raise
+        if report is None:
+            self._return(*before)
+            return Round(len(new), float("nan"), float("nan"), float("nan"), True)
+        self.rounds += 1
+        return Round(len(new), report["loss"], report["divergence"], report["agreement"], False)
+
+    def _round(self, new: NDArray[Any], replays: Sequence[NDArray[Any]]) -> Mapping[str, float] | None:
+        classes = self._student.manifest.classes
+        if self.options.adapt_teacher:
+            nothing = np.zeros((len(new), classes), dtype=np.float32)  # no divergence counts here
+            step = self._teacher.step(new, target=nothing)
+            if not is_finite(step.theta) or not is_finite(step.logits):
+                return None
+            self._teacher.commit(step)
+        report: Mapping[str, float] = {}
+        for replay in replays:
+            x = np.concatenate([new, replay]) if len(replay) else new
+            target = self._teacher.predict(x).logits
+            if not is_finite(target):
+                return None
+            step = self._student.step(x, target=target)
+            if not is_finite(step.theta):
+                return None
+            self._student.commit(step)
+            report = step.report
+        return report
+
+    def _return(self, teacher: Any, student: Any) -> None:
+        self._teacher.restore(teacher)
+        self._student.restore(student)
+
+    # ------------------------------------------------------------------------------------------ snapshots
+
+    def snapshot(self) -> bytes:
+        """Everything that a learner needs to go on after its process was killed."""
+        return msgspec.msgpack.encode(
+            _Snapshot(
+                self._student.encode(self._student.checkpoint),
+                self._teacher.encode(self._teacher.checkpoint),
+                self.rounds,
+            )
+        )
+
+    def restore(self, data: bytes) -> None:
+        """Go on from a snapshot of a learner of the same bundles.
+
+        Raises:
+            SnapshotUnreadable: it is not one; nothing has changed.
+        """
+        try:
+            found = msgspec.msgpack.decode(data, type=_Snapshot)
+            student, teacher = self._student.decode(found.student)[0], self._teacher.decode(found.teacher)[0]
+        except (msgspec.DecodeError, StateError) as error:
+            raise SnapshotUnreadable(
+                f"what a learner left is not a snapshot of these models: {error}",
+                "Start the group anew, or serve the student and teacher that it was made with",
+            ) from error
+        self._return(teacher, student)
+        self.rounds = found.rounds
+
+    def start_from(self, theta: Vector) -> None:
+        """Let the student go on from a theta, its optimiser anew; the teacher stays.
+
+        Args:
+            theta: [P], for example the head's after patches were refused, or that of the nearest group.
+
+        Raises:
+            ThetaError: it does not fit.
+        """
+        self._student.swap(theta)
+
+
+def check_fit(student: Model, teacher: Model) -> None:
+    """Whether a teacher can teach a student.
+
+    Raises:
+        TeacherUnfit: it takes other inputs, or knows other classes.
+    """
+    mine, its = student.manifest, teacher.manifest
+    if mine.classes != its.classes:
+        raise TeacherUnfit(
+            f"the teacher `{its.model_id}` knows {its.classes} classes, the student `{mine.model_id}` {mine.classes}",
+            "Use a teacher of the same classes in the same order",
+        )
+    wanted, found = mine.input, its.input
+    if (wanted.dtype, wanted.shape, wanted.low, wanted.high) != (
+        found.dtype,
+        found.shape,
+        found.low,
+        found.high,
+    ):
+        raise TeacherUnfit(
+            f"the teacher `{its.model_id}` takes {found.dtype} {found.shape} in {found.low:g}..{found.high:g}, "
+            f"the student `{mine.model_id}` {wanted.dtype} {wanted.shape} in {wanted.low:g}..{wanted.high:g}",
+            "Build the teacher's bundle with the student's --input, --dtype and --range",
+        )

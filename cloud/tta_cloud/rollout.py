@@ -1,0 +1,151 @@
+"""Who gets a patch when: canary edges first, then the group; and when a patch is stopped. Pure.
+
+A rollout is a value; every event gives the next one. Nothing here sends anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+
+class Stage(str, Enum):
+    """Where a rollout stands."""
+
+    CANARY = "canary"
+    GROUP = "group"
+    STOPPED = "stopped"
+
+
+GOOD, BAD = "committed", ("refused", "rolled-back")
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How careful a rollout is.
+
+    Attributes:
+        canary_share: share of the edges at hand that get a patch first; at least one. 1 does without canaries.
+        min_edges: below so many edges there are no canaries.
+        success_share: of the canaries that must have committed before the group gets it.
+        error_share: of the edges that were offered it; when more have refused it or rolled it back it is stopped.
+        canary_timeout_s: canaries that say nothing for so long count as if they had not been asked.
+    """
+
+    canary_share: float = 0.05
+    min_edges: int = 3
+    success_share: float = 1.0
+    error_share: float = 0.02
+    canary_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One patch on its way.
+
+    Attributes:
+        seq: of the patch.
+        stage: see :class:`Stage`.
+        canaries: edges that get it first.
+        began_s: when the stage began.
+        good: edges that committed it.
+        bad: edges that refused it or rolled it back, with their reason.
+    """
+
+    seq: int
+    stage: Stage
+    canaries: frozenset[str]
+    began_s: float
+    good: frozenset[str] = frozenset()
+    bad: dict[str, str] = field(default_factory=dict)
+
+    def may_have(self, edge: str) -> bool:
+        """Whether an edge gets this patch now."""
+        return self.stage is Stage.GROUP or (self.stage is Stage.CANARY and edge in self.canaries)
+
+
+def begin(
+    seq: int, edges: Iterable[str], now_s: float, options: RolloutOptions, *, trusted: Iterable[str] = ()
+) -> Rollout:
+    """A rollout of a new patch.
+
+    Args:
+        seq: of the patch.
+        edges: at hand now.
+        now_s: seconds.
+        options: see :class:`RolloutOptions`.
+        trusted: edges to begin with, where an operator has named some.
+    """
+    present = sorted(set(edges))
+    if len(present) < options.min_edges or options.canary_share >= 1:
+        return Rollout(seq, Stage.GROUP, frozenset(), now_s)
+    count = max(1, math.ceil(options.canary_share * len(present)))
+    named = [edge for edge in present if edge in set(trusted)]
+    # Another edge each time: one that is always asked first would see every bad patch.
+    turned = present[seq % len(present) :] + present[: seq % len(present)]
+    chosen = (named + [edge for edge in turned if edge not in named])[:count]
+    return Rollout(seq, Stage.CANARY, frozenset(chosen), now_s)
+
+
+def progress(
+    rollout: Rollout,
+    edge: str,
+    state: str,
+    reason: str,
+    now_s: float,
+    options: RolloutOptions,
+    *,
+    offered: int = 0,
+) -> Rollout:
+    """What an edge says of the patch.
+
+    Args:
+        rollout: as it is.
+        edge: that speaks.
+        state: `staged`, `committed`, `refused` or `rolled-back`.
+        reason: of a refusal.
+        now_s: seconds.
+        options: see :class:`RolloutOptions`.
+        offered: how many edges have been offered the patch; the canaries count anyway.
+    """
+    if rollout.stage is Stage.STOPPED or not rollout.may_have(edge):
+        return rollout
+    if state == GOOD:
+        bad = {name: why for name, why in rollout.bad.items() if name != edge}
+        rollout = replace(rollout, good=rollout.good | {edge}, bad=bad)
+    elif state in BAD:
+        rollout = replace(rollout, good=rollout.good - {edge}, bad={**rollout.bad, edge: reason or state})
+    asked = max(len(rollout.canaries), offered, len(rollout.good) + len(rollout.bad))
+    if rollout.bad and len(rollout.bad) > options.error_share * asked:
+        return replace(rollout, stage=Stage.STOPPED)
+    return _advance(rollout, now_s, options)
+
+
+def tick(rollout: Rollout, online: Iterable[str], now_s: float, options: RolloutOptions) -> Rollout:
+    """Time has passed: canaries that have gone, or say nothing, do not hold up the group for ever.
+
+    Where no canary has committed by then another edge takes its turn.
+
+    Args:
+        rollout: as it is.
+        online: edges at hand.
+        now_s: seconds.
+        options: see :class:`RolloutOptions`.
+    """
+    if rollout.stage is not Stage.CANARY or now_s - rollout.began_s < options.canary_timeout_s:
+        return rollout
+    if rollout.good:
+        return replace(rollout, stage=Stage.GROUP, began_s=now_s)
+    others = sorted(set(online) - rollout.canaries)
+    if not others:
+        return replace(rollout, began_s=now_s)
+    return replace(rollout, canaries=rollout.canaries | {others[0]}, began_s=now_s)
+
+
+def _advance(rollout: Rollout, now_s: float, options: RolloutOptions) -> Rollout:
+    wanted = max(1, math.ceil(options.success_share * len(rollout.canaries)))
+    if rollout.stage is Stage.CANARY and len(rollout.good & rollout.canaries) >= wanted:
+        return replace(rollout, stage=Stage.GROUP, began_s=now_s)
+    return rollout
