@@ -404,3 +404,120 @@ class BadValue(ConfigError):
     """A value has the wrong type or is out of range."""
 
     code = "bad-value"
+
+
+# ---------------------------------------------------------------------------------------------- patches
+
+
+class PatchError(TtaError):
+    """A signed message, or the theta that it carries, is refused; nothing has changed."""
+
+    code = "patch"
+
+
+class MalformedBody(PatchError):
+    """A signed body is not one MessagePack map of the specified fields within the limits (P1, P2)."""
+
+    code = "malformed-body"
+
+
+class UnknownSigner(PatchError):
+    """A signature is by a key that the root does not name (P3)."""
+
+    code = "unknown-signer"
+
+
+class BadSignature(PatchError):
+    """A signature does not fit the body (P3)."""
+
+    code = "bad-signature"
+
+
+class TooFewSignatures(PatchError):
+    """Fewer keys have signed than the root asks for (P3)."""
+
+    code = "too-few-signatures"
+
+
+class UnknownCodec(PatchError):
+    """The payload is encoded in a way that this version does not know (P4)."""
+
+    code = "unknown-codec"
+
+
+class BaseMismatch(PatchError):
+    """The patch was made for another bundle: mix-and-match (P5)."""
+
+    code = "base-mismatch"
+
+
+class WrongChannel(PatchError):
+    """The message belongs to another group (P5)."""
+
+    code = "wrong-channel"
+
+
+class EpochAhead(PatchError):
+    """The message is of an epoch that the root at hand does not name yet (P6)."""
+
+    code = "epoch-ahead"
+
+
+class Replayed(PatchError):
+    """The message is not newer than what was accepted before: replay or rollback (P6)."""
+
+    code = "replayed"
+
+
+class FastForward(PatchError):
+    """The sequence number jumps so far that no honest one could follow (P7)."""
+
+    code = "fast-forward"
+
+
+class PayloadMismatch(PatchError):
+    """The payload has another length or another hash than the signed body says (P8)."""
+
+    code = "payload-mismatch"
+
+
+class PayloadNotFinite(PatchError):
+    """The payload holds NaN or Inf (P9)."""
+
+    code = "payload-not-finite"
+
+
+class TooFar(PatchError):
+    """The theta is farther from the bundle's source than the ball allows (P10)."""
+
+    code = "too-far"
+
+
+class DigestMismatch(PatchError):
+    """The theta that results is not the one that was signed (P11)."""
+
+    code = "digest-mismatch"
+
+
+class Expired(PatchError):
+    """A head or a root is past its time: freeze (H3, R4)."""
+
+    code = "expired"
+
+
+class RootRefused(PatchError):
+    """A root does not follow the one at hand (R1..R3)."""
+
+    code = "root-refused"
+
+
+class KeyFileRefused(TtaError):
+    """A key file cannot be used."""
+
+    code = "key-file"
+
+
+class KeyExposed(KeyFileRefused):
+    """Others than the owner can read a secret key."""
+
+    code = "key-exposed"
