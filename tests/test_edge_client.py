@@ -24,6 +24,7 @@ from tta_edge import errors, exit_codes, wire
 from tta_edge.calls import _errors_by_code
 from tta_edge.client import Client, Retry, as_error
 from tta_runtime import errors as runtime_errors
+from tta_runtime import errors as wire_errors
 from tta_runtime.errors import TtaError
 
 X = np.zeros((2, 8), np.float32)
@@ -178,7 +179,7 @@ def test_a_daemon_that_breaks_the_wire_format_is_named(reply):
     with (
         Fake(lambda _: [reply]) as fake,
         Client(fake.endpoint, timeout_s=30) as client,
-        pytest.raises(errors.WireError) as caught,
+        pytest.raises(wire_errors.WireError) as caught,
     ):
         client.info()
     assert caught.value.fix
@@ -189,7 +190,7 @@ def test_after_garbage_the_client_goes_on():
         return [[b"nonsense"] if message.id == 1 else peers.info(message)]
 
     with Fake(answer) as fake, Client(fake.endpoint, timeout_s=30) as client:
-        with pytest.raises(errors.BadFraming):
+        with pytest.raises(wire_errors.BadFraming):
             client.info()
         assert client.info().model_id == "fake"
 
@@ -213,7 +214,7 @@ def test_logits_that_are_none_of_this_batch_are_refused(logits):
     with (
         Fake(answer) as fake,
         Client(fake.endpoint, timeout_s=30) as client,
-        pytest.raises(errors.TensorMismatch, match="logits"),
+        pytest.raises(wire_errors.TensorMismatch, match="logits"),
     ):
         client.predict(X)
 
@@ -223,7 +224,7 @@ def test_an_error_without_an_id_reaches_the_call_that_waits():
     with (
         Fake(lambda _: [reply]) as fake,
         Client(fake.endpoint, timeout_s=30) as client,
-        pytest.raises(errors.MalformedHeader),
+        pytest.raises(wire_errors.MalformedHeader),
     ):
         client.info()
 
@@ -253,7 +254,7 @@ def test_what_the_daemon_would_not_take_is_refused_here(call):
     with (
         Fake(lambda _: []) as fake,
         Client(fake.endpoint, timeout_s=30) as client,
-        pytest.raises(errors.BadField),
+        pytest.raises(wire_errors.BadField),
     ):
         call(client)
     assert fake.requests == []

@@ -20,6 +20,7 @@ from tta_edge.client_async import AsyncClient
 from tta_edge.retry import Retry
 from tta_runtime import Model
 from tta_runtime import errors as runtime_errors
+from tta_runtime import errors as wire_errors
 
 X = np.zeros((2, 8), np.float32)
 
@@ -224,17 +225,17 @@ async def test_garbage_with_an_id_ends_that_call_only():
     with Fake(Held(2, answer)) as fake:
         async with AsyncClient(fake.endpoint, timeout_s=30) as client:
             broken, good = await outcomes(client.reset("a"), client.reset("b"))
-    assert isinstance(broken, errors.UnknownMessage)
+    assert isinstance(broken, wire_errors.UnknownMessage)
     assert good.theta_digest == "digest"
 
 
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
-        ([b"nonsense"], errors.BadFraming),
+        ([b"nonsense"], wire_errors.BadFraming),
         (
             wire.encode(wire.ErrorReply(code="unsupported-protocol", cause="c", fix="f")),
-            errors.UnsupportedProtocol,
+            wire_errors.UnsupportedProtocol,
         ),
     ],
 )
@@ -336,7 +337,7 @@ async def test_what_the_daemon_would_not_take_is_refused_here():
 
     with Fake(answer) as fake:
         async with AsyncClient(fake.endpoint, timeout_s=30) as client:
-            with pytest.raises(errors.BadField):
+            with pytest.raises(wire_errors.BadField):
                 await client.predict(X, "../x")
             with pytest.raises(runtime_errors.TooLarge):
                 await client.predict(X)

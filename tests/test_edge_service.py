@@ -22,6 +22,7 @@ from tta_edge.client import Client
 from tta_edge.session import ClientSession
 from tta_runtime import Model
 from tta_runtime import errors as runtime_errors
+from tta_runtime import errors as wire_errors
 
 X, Y = tiny_bundle.samples(16, seed=1, shift=0.5)
 
@@ -220,8 +221,8 @@ BAD_BATCHES = [
     ("Inf", np.full((4, 8), np.inf, np.float32), runtime_errors.NonFinite),
     ("empty batch", np.zeros((0, 8), np.float32), runtime_errors.EmptyBatch),
     ("too many samples", np.zeros((1025, 8), np.float32), runtime_errors.TooLarge),
-    ("objects", np.array([[object()]]), errors.BadField),
-    ("text", np.array([["a"]]), errors.BadField),
+    ("objects", np.array([[object()]]), wire_errors.BadField),
+    ("text", np.array([["a"]]), wire_errors.BadField),
 ]
 
 

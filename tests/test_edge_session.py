@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tta_edge import errors, wire
+from tta_edge import wire
 from tta_edge.session import TRANSITIONS, Arrived, ClientSession, Phase, Refused, ServerSession, Signal
+from tta_runtime import errors as wire_errors
 
 X = np.ones((2, 3), np.float32)
 PEER = b"\0peer"
@@ -69,7 +70,7 @@ def test_a_client_may_have_several_requests_open_and_each_is_closed_once():
 
 def test_a_request_that_cannot_be_encoded_opens_nothing():
     client = ClientSession()
-    with pytest.raises(errors.TensorMismatch):
+    with pytest.raises(wire_errors.TensorMismatch):
         client.request(wire.Predict(id=0, x=wire.declare(X)), {})
     assert (client.open, client.last_id) == (set(), 0)
 
@@ -78,10 +79,10 @@ def test_a_broken_reply_closes_its_request_or_all_where_its_id_cannot_be_read():
     client = ClientSession()
     for _ in range(3):
         client.request(wire.Info(id=0))
-    with pytest.raises(errors.UnknownMessage):
+    with pytest.raises(wire_errors.UnknownMessage):
         client.receive([wire.PROTOCOL, b"\x82\xa4type\xa4pong\xa2id\x02"])
     assert client.open == {1, 3}
-    with pytest.raises(errors.BadFraming):
+    with pytest.raises(wire_errors.BadFraming):
         client.receive([b"?"])
     assert client.open == set()
 
@@ -196,7 +197,7 @@ def test_the_life_of_a_session_only_moves_forward():
 def test_a_reply_that_breaks_the_wire_format_is_an_error_of_the_client():
     client = ClientSession()
     client.request(wire.Info(id=0))
-    with pytest.raises(errors.WireError):
+    with pytest.raises(wire_errors.WireError):
         client.receive([wire.PROTOCOL, b"\xc1"])
 
 

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from running import REPOSITORY
 from tta_edge import errors, wire
+from tta_runtime import errors as wire_errors
 
 LIMITS = wire.Limits(max_payload_bytes=1 << 20)
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -87,87 +88,87 @@ def test_a_reply_with_and_without_the_source():
 
 # Each row: the clause, what is sent, the one error it must be.
 BAD = [
-    ("W1 no frame", [], errors.BadFraming),
-    ("W1 protocol only", [wire.PROTOCOL], errors.BadFraming),
-    ("W1 a frame too many", frames(None, *[b""] * 5), errors.BadFraming),
-    ("W1 a hundred thousand frames", [b""] * 100_000, errors.BadFraming),
-    ("W2 another protocol", frames(None, protocol=b"HTTP"), errors.UnsupportedProtocol),
-    ("W2 a later version", frames(None, protocol=b"TTA2"), errors.UnsupportedProtocol),
-    ("W2 trailing byte", frames(None, protocol=b"TTA1\0"), errors.UnsupportedProtocol),
-    ("W2 empty", frames(None, protocol=b""), errors.UnsupportedProtocol),
-    ("W3 long header", frames(b"\xc1" * 8193), errors.MessageTooLarge),
-    ("W3 large tensors", frames(None, *[b"\0" * (1 << 19)] * 3), errors.MessageTooLarge),
-    ("W4 empty header", frames(b""), errors.MalformedHeader),
-    ("W4 not MessagePack", frames(b"\xc1"), errors.MalformedHeader),
-    ("W4 cut short", frames(msgpack.packb(PREDICT)[:-1]), errors.MalformedHeader),
-    ("W4 something after it", frames(msgpack.packb(PREDICT) + b"\0"), errors.MalformedHeader),
-    ("W4 an array", frames(b"\x93\x01\x02\x03"), errors.MalformedHeader),
-    ("W4 a number", frames(b"\x01"), errors.MalformedHeader),
-    ("W4 claims 2**32-1 elements", frames(b"\x81\xa1a\xdd\xff\xff\xff\xff"), errors.MalformedHeader),
-    ("W4 claims 2**32-1 pairs", frames(b"\xdf\xff\xff\xff\xff"), errors.MalformedHeader),
-    ("W4 claims a 4 GiB string", frames(b"\x81\xa1a\xdb\xff\xff\xff\xff"), errors.MalformedHeader),
-    ("W4 too many pairs", frames({str(i): 0 for i in range(65)}), errors.MalformedHeader),
-    ("W4 long string", frames({"type": "x" * 1025}), errors.MalformedHeader),
-    ("W4 nested deeply", frames(nested(5000)), errors.MalformedHeader),
-    ("W4 binary value", frames({"type": b"predict"}), errors.MalformedHeader),
-    ("W4 extension type", frames(b"\x81\xa1a\xd4\x01\x00"), errors.MalformedHeader),
-    ("W4 timestamp", frames(b"\x81\xa1a\xd6\xff\0\0\0\0"), errors.MalformedHeader),
-    ("W4 integer key", frames(b"\x81\x01\x01"), errors.MalformedHeader),
-    ("W4 empty binary key", frames(b"\x81\xc4\x00\x01"), errors.MalformedHeader),
-    ("W4 array as key", frames(b"\x81\x90\x01"), errors.MalformedHeader),
-    ("W4 the same key twice", frames(b"\x82\xa2id\x01\xa2id\x02"), errors.MalformedHeader),
-    ("W4 broken UTF-8", frames(b"\x81\xa1\xff\x01"), errors.MalformedHeader),
-    ("W5 no type", frames({"id": 1}), errors.UnknownMessage),
-    ("W5 unknown type", frames({"type": "predcit", "id": 1}), errors.UnknownMessage),
-    ("W5 type is a list", frames({"type": ["predict"], "id": 1}), errors.UnknownMessage),
-    ("W5 a reply as a request", frames({"type": "reset-done", "id": 1}), errors.UnknownMessage),
-    ("W6 unknown field", predict(adpat=False), errors.UnknownField),
-    ("W6 unknown tensor field", predict(x={**PREDICT["x"], "order": "F"}), errors.UnknownField),
-    ("W7 missing id", frames({"type": "info"}), errors.BadField),
-    ("W7 id is a float", frames({"type": "info", "id": 1.0}), errors.BadField),
-    ("W7 id is a bool", frames({"type": "info", "id": True}), errors.BadField),
-    ("W7 negative id", frames({"type": "info", "id": -1}), errors.BadField),
-    ("W7 huge id", frames({"type": "info", "id": 2**53}), errors.BadField),
-    ("W7 adapt is a number", predict(adapt=1), errors.BadField),
-    ("W7 stream climbs up", predict(stream="../x"), errors.BadField),
-    ("W7 stream starts with a dot", predict(stream=".x"), errors.BadField),
-    ("W7 stream is empty", predict(stream=""), errors.BadField),
-    ("W7 stream is long", predict(stream="a" * 65), errors.BadField),
-    ("W7 stream ends the line", predict(stream="a\n"), errors.BadField),
-    ("W7 no tensor", frames({"type": "predict", "id": 1}), errors.BadField),
-    ("W7 tensor is nil", predict(x=None), errors.BadField),
-    ("W7 object dtype", predict(x={"dtype": "object", "shape": [2]}), errors.BadField),
-    ("W7 dtype with byte order", predict(x={"dtype": ">f4", "shape": [2, 3, 4]}), errors.BadField),
-    ("W7 negative dimension", predict(x={"dtype": "float32", "shape": [-2, -12]}), errors.BadField),
-    ("W7 nine dimensions", predict(x={"dtype": "float32", "shape": [1] * 9}), errors.BadField),
-    ("W7 dimension is text", predict(x={"dtype": "float32", "shape": ["batch"]}), errors.BadField),
-    ("W8 tensor missing", frames(None), errors.TensorMismatch),
-    ("W8 tensor too many", frames(None, X.tobytes(), b""), errors.TensorMismatch),
-    ("W8 tensor of a message without", frames({"type": "info", "id": 1}, b"\0"), errors.TensorMismatch),
-    ("W9 a byte short", frames(None, X.tobytes()[:-1]), errors.TensorMismatch),
-    ("W9 a byte more", frames(None, X.tobytes() + b"\0"), errors.TensorMismatch),
-    ("W9 another dtype", predict(x={"dtype": "float64", "shape": [2, 3, 4]}), errors.TensorMismatch),
+    ("W1 no frame", [], wire_errors.BadFraming),
+    ("W1 protocol only", [wire.PROTOCOL], wire_errors.BadFraming),
+    ("W1 a frame too many", frames(None, *[b""] * 5), wire_errors.BadFraming),
+    ("W1 a hundred thousand frames", [b""] * 100_000, wire_errors.BadFraming),
+    ("W2 another protocol", frames(None, protocol=b"HTTP"), wire_errors.UnsupportedProtocol),
+    ("W2 a later version", frames(None, protocol=b"TTA2"), wire_errors.UnsupportedProtocol),
+    ("W2 trailing byte", frames(None, protocol=b"TTA1\0"), wire_errors.UnsupportedProtocol),
+    ("W2 empty", frames(None, protocol=b""), wire_errors.UnsupportedProtocol),
+    ("W3 long header", frames(b"\xc1" * 8193), wire_errors.MessageTooLarge),
+    ("W3 large tensors", frames(None, *[b"\0" * (1 << 19)] * 3), wire_errors.MessageTooLarge),
+    ("W4 empty header", frames(b""), wire_errors.MalformedHeader),
+    ("W4 not MessagePack", frames(b"\xc1"), wire_errors.MalformedHeader),
+    ("W4 cut short", frames(msgpack.packb(PREDICT)[:-1]), wire_errors.MalformedHeader),
+    ("W4 something after it", frames(msgpack.packb(PREDICT) + b"\0"), wire_errors.MalformedHeader),
+    ("W4 an array", frames(b"\x93\x01\x02\x03"), wire_errors.MalformedHeader),
+    ("W4 a number", frames(b"\x01"), wire_errors.MalformedHeader),
+    ("W4 claims 2**32-1 elements", frames(b"\x81\xa1a\xdd\xff\xff\xff\xff"), wire_errors.MalformedHeader),
+    ("W4 claims 2**32-1 pairs", frames(b"\xdf\xff\xff\xff\xff"), wire_errors.MalformedHeader),
+    ("W4 claims a 4 GiB string", frames(b"\x81\xa1a\xdb\xff\xff\xff\xff"), wire_errors.MalformedHeader),
+    ("W4 too many pairs", frames({str(i): 0 for i in range(65)}), wire_errors.MalformedHeader),
+    ("W4 long string", frames({"type": "x" * 1025}), wire_errors.MalformedHeader),
+    ("W4 nested deeply", frames(nested(5000)), wire_errors.MalformedHeader),
+    ("W4 binary value", frames({"type": b"predict"}), wire_errors.MalformedHeader),
+    ("W4 extension type", frames(b"\x81\xa1a\xd4\x01\x00"), wire_errors.MalformedHeader),
+    ("W4 timestamp", frames(b"\x81\xa1a\xd6\xff\0\0\0\0"), wire_errors.MalformedHeader),
+    ("W4 integer key", frames(b"\x81\x01\x01"), wire_errors.MalformedHeader),
+    ("W4 empty binary key", frames(b"\x81\xc4\x00\x01"), wire_errors.MalformedHeader),
+    ("W4 array as key", frames(b"\x81\x90\x01"), wire_errors.MalformedHeader),
+    ("W4 the same key twice", frames(b"\x82\xa2id\x01\xa2id\x02"), wire_errors.MalformedHeader),
+    ("W4 broken UTF-8", frames(b"\x81\xa1\xff\x01"), wire_errors.MalformedHeader),
+    ("W5 no type", frames({"id": 1}), wire_errors.UnknownMessage),
+    ("W5 unknown type", frames({"type": "predcit", "id": 1}), wire_errors.UnknownMessage),
+    ("W5 type is a list", frames({"type": ["predict"], "id": 1}), wire_errors.UnknownMessage),
+    ("W5 a reply as a request", frames({"type": "reset-done", "id": 1}), wire_errors.UnknownMessage),
+    ("W6 unknown field", predict(adpat=False), wire_errors.UnknownField),
+    ("W6 unknown tensor field", predict(x={**PREDICT["x"], "order": "F"}), wire_errors.UnknownField),
+    ("W7 missing id", frames({"type": "info"}), wire_errors.BadField),
+    ("W7 id is a float", frames({"type": "info", "id": 1.0}), wire_errors.BadField),
+    ("W7 id is a bool", frames({"type": "info", "id": True}), wire_errors.BadField),
+    ("W7 negative id", frames({"type": "info", "id": -1}), wire_errors.BadField),
+    ("W7 huge id", frames({"type": "info", "id": 2**53}), wire_errors.BadField),
+    ("W7 adapt is a number", predict(adapt=1), wire_errors.BadField),
+    ("W7 stream climbs up", predict(stream="../x"), wire_errors.BadField),
+    ("W7 stream starts with a dot", predict(stream=".x"), wire_errors.BadField),
+    ("W7 stream is empty", predict(stream=""), wire_errors.BadField),
+    ("W7 stream is long", predict(stream="a" * 65), wire_errors.BadField),
+    ("W7 stream ends the line", predict(stream="a\n"), wire_errors.BadField),
+    ("W7 no tensor", frames({"type": "predict", "id": 1}), wire_errors.BadField),
+    ("W7 tensor is nil", predict(x=None), wire_errors.BadField),
+    ("W7 object dtype", predict(x={"dtype": "object", "shape": [2]}), wire_errors.BadField),
+    ("W7 dtype with byte order", predict(x={"dtype": ">f4", "shape": [2, 3, 4]}), wire_errors.BadField),
+    ("W7 negative dimension", predict(x={"dtype": "float32", "shape": [-2, -12]}), wire_errors.BadField),
+    ("W7 nine dimensions", predict(x={"dtype": "float32", "shape": [1] * 9}), wire_errors.BadField),
+    ("W7 dimension is text", predict(x={"dtype": "float32", "shape": ["batch"]}), wire_errors.BadField),
+    ("W8 tensor missing", frames(None), wire_errors.TensorMismatch),
+    ("W8 tensor too many", frames(None, X.tobytes(), b""), wire_errors.TensorMismatch),
+    ("W8 tensor of a message without", frames({"type": "info", "id": 1}, b"\0"), wire_errors.TensorMismatch),
+    ("W9 a byte short", frames(None, X.tobytes()[:-1]), wire_errors.TensorMismatch),
+    ("W9 a byte more", frames(None, X.tobytes() + b"\0"), wire_errors.TensorMismatch),
+    ("W9 another dtype", predict(x={"dtype": "float64", "shape": [2, 3, 4]}), wire_errors.TensorMismatch),
     (
         "W9 size overflows 64 bits",
         predict(x={"dtype": "float64", "shape": [2**31 - 1] * 8}),
-        errors.TensorMismatch,
+        wire_errors.TensorMismatch,
     ),
     (
         "W9 size wraps to 96",
         predict(x={"dtype": "float32", "shape": [2**30, 2**30, 2**30, 2**30, 24]}),
-        errors.TensorMismatch,
+        wire_errors.TensorMismatch,
     ),
     (
         "W9 cannot be laid out",
         frames({**PREDICT, "x": {"dtype": "uint8", "shape": [0, *[2**31 - 1] * 7]}}, b""),
-        errors.TensorMismatch,
+        wire_errors.TensorMismatch,
     ),
 ]
 
 
 @pytest.mark.parametrize(("sent", "expected"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
 def test_a_bad_message_is_refused_by_its_name(sent, expected):
-    with pytest.raises(errors.WireError) as caught:
+    with pytest.raises(wire_errors.WireError) as caught:
         wire.decode_request(sent, LIMITS)
     assert type(caught.value) is expected
     assert caught.value.cause
@@ -177,16 +178,16 @@ def test_a_bad_message_is_refused_by_its_name(sent, expected):
 def test_every_wire_error_has_a_bad_message():
     kinds = {
         kind
-        for kind in vars(errors).values()
-        if isinstance(kind, type) and issubclass(kind, errors.WireError)
+        for kind in vars(wire_errors).values()
+        if isinstance(kind, type) and issubclass(kind, wire_errors.WireError)
     }
-    assert {row[2] for row in BAD} == kinds - {errors.WireError}
+    assert {row[2] for row in BAD} == kinds - {wire_errors.WireError}
 
 
 def test_misspelt_names_get_a_suggestion():
-    with pytest.raises(errors.UnknownField, match="no field `adpat`, did you mean `adapt`"):
+    with pytest.raises(wire_errors.UnknownField, match="no field `adpat`, did you mean `adapt`"):
         wire.decode_request(predict(adpat=False), LIMITS)
-    with pytest.raises(errors.UnknownMessage, match="`predcit`, did you mean `predict`"):
+    with pytest.raises(wire_errors.UnknownMessage, match="`predcit`, did you mean `predict`"):
         wire.decode_request(frames({"type": "predcit", "id": 1}), LIMITS)
 
 
@@ -201,21 +202,21 @@ def test_misspelt_names_get_a_suggestion():
     ],
 )
 def test_w10_the_refusal_names_the_request_where_its_id_can_be_read(sent, request_id):
-    with pytest.raises(errors.WireError) as caught:
+    with pytest.raises(wire_errors.WireError) as caught:
         wire.decode_request(sent, LIMITS)
     assert caught.value.request_id == request_id
 
 
 @pytest.mark.parametrize("dtype", ["object", "datetime64[s]", "complex64", "U4", "bool"])
 def test_w12_arrays_that_cannot_be_sent_are_refused_before_sending(dtype):
-    with pytest.raises(errors.BadField):
+    with pytest.raises(wire_errors.BadField):
         wire.declare(np.zeros(3, dtype))
 
 
 def test_encode_refuses_tensors_it_did_not_declare():
     message = wire.Predict(id=1, x=wire.declare(X))
     for tensors in ({}, {"x": X, "y": X}, {"x": X[:1]}, {"x": X.astype(np.float64)}):
-        with pytest.raises(errors.TensorMismatch):
+        with pytest.raises(wire_errors.TensorMismatch):
             wire.encode(message, tensors)
 
 
@@ -225,10 +226,10 @@ def test_the_specification_lists_exactly_these_messages_fields_and_errors():
     listed = {name: re.findall(r"`(\w+)`", fields) for name, fields in rows}
     messages = {**wire.REQUESTS, **wire.REPLIES}
     assert listed == {name: list(message.__struct_fields__) for name, message in messages.items()}
-    for kind in vars(errors).values():
-        if isinstance(kind, type) and issubclass(kind, (errors.WireError, errors.ServiceError)):
+    for kind in vars(wire_errors).values():
+        if isinstance(kind, type) and issubclass(kind, (wire_errors.WireError, errors.ServiceError)):
             named = f"`{kind.code}`" in text
-            assert named or kind in (errors.WireError, errors.ServiceError)
+            assert named or kind in (wire_errors.WireError, errors.ServiceError)
     assert {f"W{number}" for number in range(1, 10)} <= {row[0].split()[0] for row in BAD}
 
 
@@ -265,7 +266,7 @@ anything = st.builds(
 def test_any_frames_are_refused_by_name_or_read_back_the_same(sent):
     try:
         received = wire.decode_request(sent, LIMITS)
-    except errors.WireError:
+    except wire_errors.WireError:
         return
     again = wire.decode_request(wire.encode(received.message, received.tensors), LIMITS)
     assert again.message == received.message
@@ -302,6 +303,6 @@ def test_one_flipped_byte_is_refused_by_name_or_changes_one_thing(data):
     whole[index] = bytes(flipped)
     try:
         received = wire.decode_request(whole, LIMITS)
-    except errors.WireError:
+    except wire_errors.WireError:
         return
     assert received.message != wire.Predict(id=7, x=wire.declare(X))

@@ -112,7 +112,7 @@ def test_every_code_of_a_refused_request_is_in_the_table():
         runtime_errors.EmptyBatch,
         runtime_errors.TooLarge,
     }
-    expected = family(errors, errors.WireError) | family(errors, errors.ServiceError)
+    expected = family(runtime_errors, runtime_errors.WireError) | family(errors, errors.ServiceError)
     expected |= {kind.code for kind in inputs} | {"engine-failed", "slow-reader", "client-gone"}
     assert set(codes(table_below("Requests are refused"))) == expected - {"wire", "service"}
 

@@ -438,7 +438,8 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> Non
 @pytest.mark.parametrize(
     "content",
     [b"", b"x" * 500, b"tta ed25519 secret key, version 2\n" + b"00" * 32 + b"\n",
-     b"tta ed25519 secret key, version 1\n" + b"00" * 31 + b"\n", b"tta ed25519 secret key, version 1\n" + b"zz" * 32 + b"\n",
+     b"tta ed25519 secret key, version 1\n" + b"00" * 31 + b"\n",
+     b"tta ed25519 secret key, version 1\n" + b"zz" * 32 + b"\n",
      b"tta ed25519 secret key, version 1\n" + b"00" * 32 + b"\nmore"],
 )  # fmt: skip
 def test_a_file_that_is_no_key_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -522,8 +523,7 @@ def test_every_decoder_refuses_by_name_or_gives_back_what_it_was_given(
         }[kind]
     try:
         found = decode(given)
-    except errors.PatchError as error:
-        assert error.cause
+    except errors.PatchError:
         return
     assert decode(msgspec.msgpack.encode(found)) == found
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tta_edge import errors as edge_errors
-from tta_edge.errors import BadField, Busy, RemoteError, TensorMismatch, UnknownMessage
+from tta_edge.errors import Busy, RemoteError
 from tta_edge.wire import (
     Adapt,
     AdaptDone,
@@ -39,7 +39,7 @@ from tta_edge.wire import (
     tag,
 )
 from tta_runtime import errors as runtime_errors
-from tta_runtime.errors import BadValue, TooLarge, TtaError
+from tta_runtime.errors import BadField, BadValue, TensorMismatch, TooLarge, TtaError, UnknownMessage
 from tta_runtime.numerics import entropy
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"

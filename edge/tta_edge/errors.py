@@ -5,63 +5,6 @@ from __future__ import annotations
 from tta_runtime.errors import TtaError
 
 
-class WireError(TtaError):
-    """The frames of a message break the specification in docs/spec/wire.md."""
-
-    code = "wire"
-
-    request_id: int | None = None
-    """The id of the request at fault, where it could still be read."""
-
-
-class BadFraming(WireError):
-    """Too few or too many frames (W1)."""
-
-    code = "bad-framing"
-
-
-class UnsupportedProtocol(WireError):
-    """Frame 0 is not this version's name (W2)."""
-
-    code = "unsupported-protocol"
-
-
-class MessageTooLarge(WireError):
-    """A header or a payload is over the receiver's limit (W3)."""
-
-    code = "message-too-large"
-
-
-class MalformedHeader(WireError):
-    """Frame 1 is not one MessagePack map within the limits (W4)."""
-
-    code = "malformed-header"
-
-
-class UnknownMessage(WireError):
-    """The header's `type` names no message (W5)."""
-
-    code = "unknown-message"
-
-
-class UnknownField(WireError):
-    """The header has a field that its message does not have (W6)."""
-
-    code = "unknown-field"
-
-
-class BadField(WireError):
-    """A field is missing, has the wrong type or is out of range (W7)."""
-
-    code = "bad-field"
-
-
-class TensorMismatch(WireError):
-    """Tensor frames and their declaration disagree in number or in bytes (W8, W9)."""
-
-    code = "tensor-mismatch"
-
-
 class ServiceError(TtaError):
     """The daemon understood the request and does not carry it out."""
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from tta_edge.errors import (
-    BadField,
-    ClientError,
-    ServiceError,
-    StartError,
-    UnknownBundle,
-    UnknownStream,
-    WireError,
-)
+from tta_edge.errors import ClientError, ServiceError, StartError, UnknownBundle, UnknownStream
 from tta_runtime.errors import (
+    BadField,
     BundleError,
     ConfigError,
     EngineError,
     InputError,
+    KeyFileRefused,
     MethodError,
+    PatchError,
     StateError,
     ThetaError,
     TtaError,
+    WireError,
 )
 
 
@@ -51,6 +47,8 @@ _BY_ERROR: tuple[tuple[type[TtaError], ExitCode], ...] = (
     (InputError, ExitCode.BAD_DATA),
     (ThetaError, ExitCode.BAD_DATA),
     (StateError, ExitCode.BAD_DATA),
+    (PatchError, ExitCode.BAD_DATA),
+    (KeyFileRefused, ExitCode.USAGE),
     (EngineError, ExitCode.UNAVAILABLE),
     (StartError, ExitCode.UNAVAILABLE),
     (ClientError, ExitCode.UNAVAILABLE),

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from tta_edge.errors import Busy, Draining, DuplicateRequest, ServiceError, WireError
+from tta_edge.errors import Busy, Draining, DuplicateRequest, ServiceError
 from tta_edge.wire import (
     REPLY_LIMITS,
     Buffer,
@@ -28,7 +28,7 @@ from tta_edge.wire import (
     decode_request,
     encode,
 )
-from tta_runtime.errors import TtaError
+from tta_runtime.errors import TtaError, WireError
 
 Frames = list[Buffer]
 REMEMBER = 0.98  # of the time that requests took, with each further one
