@@ -28,6 +28,7 @@ from tta_runtime.arrays import is_finite
 from tta_runtime.errors import BatchTooSmall, EngineError, NonFinite, StaleBase, WrongBatch
 from tta_runtime.model import Checkpoint, Model, Step
 from tta_runtime.state_file import MAX_NOTES
+from tta_runtime.theta import Vector
 
 CHECKPOINTS = 2
 """Good states of a stream that are kept to return to."""
@@ -271,6 +272,48 @@ class Stream:
             return self._engine_failed(error)
         return self._conclude(allowed, lambda: self._settle(step) in (None, Reason.PERIODIC))
 
+    def adopted(self, base: Vector, *, decay: float = 0.0) -> Vector:
+        """Theta [P] if this stream stood on another base: nothing is changed.
+
+        The trained part is the base's, plus what the stream has learned on its own base, decayed. Running statistics
+        are the stream's own where its method keeps them current without learning, and the base's otherwise.
+
+        Args:
+            base: [P].
+            decay: share of the stream's own difference that stays.
+        """
+        model, trained = self.model, self.model.manifest.theta.trained
+        theta = np.array(base)
+        if decay:
+            theta[:trained] += np.float32(decay) * (model.theta[:trained] - model.base[:trained])
+        if self.keeps_statistics and model.steps and not self.holds:
+            theta[trained:] = model.theta[trained:]
+        return theta
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether the method moves running statistics and trains nothing: then they stay the stream's own."""
+        layout, spec = self.model.manifest.theta, self.model.spec
+        return spec.step is not None and spec.backwards == 0 and layout.trained < layout.size
+
+    @property
+    def holds(self) -> bool:
+        """Whether the source serves because the method has nothing to add."""
+        return self.auto is not None and self.auto.held
+
+    def adopt(self, base: Vector, *, decay: float = 0.0) -> None:
+        """Stand on another base from now on; method state starts anew, and checkpoints of the old base are forgotten.
+
+        Args:
+            base: [P], finite.
+            decay: see `adopted`.
+        """
+        with self._lock:
+            self.model.rebase(base, self.adopted(base, decay=decay))
+            self.checkpoints.clear()
+            if self.auto is not None:
+                self.auto.realign()
+
     def step_on_window(self, *, allowed: Callable[[], bool] = _always) -> bool | None:
         """One step of a method with a window of its own, on that.
 
@@ -287,7 +330,9 @@ class Stream:
             return None
         try:
             known = auto.asked_source(task)
-            step = self.model.step(known.contents.x, known.weight, known.contents.logits)
+            # After a hold theta is the source's; a step begins at what was taught all the same.
+            start = self.model.base if auto.held else None
+            step = self.model.step(known.contents.x, known.weight, known.contents.logits, start=start)
         except EngineError as error:
             return self._engine_failed(error)
         return self._conclude(allowed, lambda: self._settle_window(auto, known, step))

@@ -142,6 +142,10 @@ class Auto:
         self.report = {}
         self._begin()
 
+    def realign(self) -> None:
+        """What was taught has changed: the next answer makes a step, on the window as it is."""
+        self._fresh = max(self._fresh, RARELY)
+
     @property
     def resting(self) -> bool:
         """Whether it steps rarely."""

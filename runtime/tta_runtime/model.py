@@ -189,10 +189,11 @@ class Model:
         self._hyper_vector = frozen(np.array(list(self._hyper.values()), dtype=np.float32))
         if not 0 <= seed < 1 << 128:
             raise BadValue(f"seed is {seed}", "Use a number from 0 to 2**128 - 1")
+        self.base: Vector = bundle.theta0
         self._source = engines[FORWARD]
         self._serve = engines[self.spec.serve]
         self._step = None if self.spec.step is None else engines[self.spec.step]
-        self._active = self._start(self.theta0, 0, seed)
+        self._active = self._start(self.base, 0, seed)
         self._last_good: Checkpoint | None = None
         self._derived: tuple[Checkpoint, str, float] | None = None
 
@@ -279,20 +280,21 @@ class Model:
         """
         return inputs.check_batch(self.manifest.input, self.limits, x)
 
-    def predict(self, x: NDArray[Any], *, source: bool = False) -> Prediction:
+    def predict(self, x: NDArray[Any], *, source: bool = False, instead: Vector | None = None) -> Prediction:
         """The answer for a batch.
 
         Args:
             x: [batch, ...] as the manifest's input says.
             source: True: the answer of the frozen source model, for comparison.
+            instead: [P], finite: what plain inference with another theta would answer.
 
         Raises:
             InputError: the batch is refused.
             EngineFailed: the engine failed.
         """
         x = self.check_input(x)
-        if source:
-            return self._predict(self._source, x, self._active, self.theta0)
+        if source or instead is not None:
+            return self._predict(self._source, x, self._active, self.theta0 if instead is None else instead)
         now = self._active
         return self._predict(self._serve, x, now, self._serving(now))
 
@@ -303,6 +305,8 @@ class Model:
         x: NDArray[Any],
         weight: NDArray[np.float32] | None = None,
         target: NDArray[np.float32] | None = None,
+        *,
+        start: Vector | None = None,
     ) -> Step:
         """One step of the method on a batch; pure, nothing is changed.
 
@@ -312,6 +316,7 @@ class Model:
             x: [batch, ...] as the manifest's input says.
             weight: [batch] float32, finite, >= 0; 0 refuses a sample. None: all 1.
             target: [batch, classes] float32, finite: a teacher's logits, for a method that needs them.
+            start: [P], the theta to step from in place of the active one.
 
         Raises:
             InputError: the batch, the weights or the targets are refused, or the method cannot step on so few samples.
@@ -334,7 +339,7 @@ class Model:
                 f"x has {len(x)} samples, the step of `{self.method}` is compiled for {self.spec.batch}",
                 "Collect that many samples, or only predict",
             )
-        outputs = self._run(self._step, x, weight, now, now.theta, target)
+        outputs = self._run(self._step, x, weight, now, now.theta if start is None else start, target)
         report = outputs.pop(("report", ""), np.zeros(0, np.float32))
         return Step(
             logits=outputs[("logits", "")],
@@ -381,9 +386,23 @@ class Model:
         return step
 
     def reset(self) -> None:
-        """Back to the source: theta, state and steps as in a new model, with nothing to roll back to."""
-        self._active = self._start(self.theta0, 0, self._active.seed)
+        """Back to the base: theta, state and steps as in a new model, with nothing to roll back to."""
+        self._active = self._start(self.base, 0, self._active.seed)
         self._last_good = None
+
+    def rebase(self, base: Vector, vector: Vector) -> None:
+        """Go on from another base: `reset` returns to it from now on. What is the source stays the source.
+
+        Args:
+            base: [P] float32, finite.
+            vector: [P] float32, finite: theta from now on; the state starts anew beside it.
+
+        Raises:
+            LayoutMismatch, NonFiniteTheta: one of them is refused. Nothing is changed then.
+        """
+        checked = owned(theta.check(self.manifest.theta, np.asarray(base)))
+        self.swap(vector)
+        self.base = checked
 
     def swap(self, vector: Vector, *, base: str | None = None) -> None:
         """Replace theta by another vector; the state starts anew beside it. `roll_back` undoes it.
