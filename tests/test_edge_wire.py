@@ -226,7 +226,7 @@ def test_the_specification_lists_exactly_these_messages_fields_and_errors():
     listed = {name: re.findall(r"`(\w+)`", fields) for name, fields in rows}
     messages = {**wire.REQUESTS, **wire.REPLIES}
     assert listed == {name: list(message.__struct_fields__) for name, message in messages.items()}
-    for kind in vars(wire_errors).values():
+    for kind in (*vars(wire_errors).values(), *vars(errors).values()):
         if isinstance(kind, type) and issubclass(kind, (wire_errors.WireError, errors.ServiceError)):
             named = f"`{kind.code}`" in text
             assert named or kind in (wire_errors.WireError, errors.ServiceError)

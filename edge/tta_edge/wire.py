@@ -1,8 +1,6 @@
 """Messages between a client and the edge daemon as multipart frames. The specification is docs/spec/wire.md.
 
-Frame 0 names the protocol, frame 1 is a typed MessagePack header, the frames after it are the raw tensors
-which the header declares. Decoding goes from cheap to expensive and copies no tensor; it raises a `WireError`
-or nothing. There is no socket here.
+Here are the messages; how they become frames, and frames messages, is tta_runtime/wire.py.
 """
 
 from __future__ import annotations
@@ -365,7 +363,11 @@ Reply = (
 REQUESTS = by_tag(get_args(Request))
 REPLIES = by_tag(get_args(Reply))
 _CODEC = Codec(
-    PROTOCOL, (*REQUESTS.values(), *REPLIES.values()), max_tensors=MAX_TENSORS, spec="docs/spec/wire.md"
+    PROTOCOL,
+    (*REQUESTS.values(), *REPLIES.values()),
+    max_tensors=MAX_TENSORS,
+    spec="docs/spec/wire.md",
+    send_less="Send smaller batches, or raise `max_request_bytes` of the daemon",
 )
 
 

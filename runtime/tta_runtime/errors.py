@@ -410,7 +410,7 @@ class BadValue(ConfigError):
 
 
 class WireError(TtaError):
-    """The frames of a message break the specification in its specification."""
+    """The frames of a message break the specification of its protocol."""
 
     code = "wire"
 

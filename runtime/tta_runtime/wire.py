@@ -128,12 +128,24 @@ class Codec:
         types: all messages of the protocol, in either direction.
         max_tensors: the most that any of them declares.
         spec: the page that specifies it, for those who are refused.
+        send_less: what to do about a payload over the limit.
     """
 
     def __init__(
-        self, protocol: bytes, types: Iterable[type[Message]], *, max_tensors: int, spec: str
+        self,
+        protocol: bytes,
+        types: Iterable[type[Message]],
+        *,
+        max_tensors: int,
+        spec: str,
+        send_less: str = "Send less in one message",
     ) -> None:
-        self._protocol, self._max_tensors, self._spec = protocol, max_tensors, spec
+        self._protocol, self._max_tensors, self._spec, self._send_less = (
+            protocol,
+            max_tensors,
+            spec,
+            send_less,
+        )
         self._fields: dict[type[Message], tuple[str, ...]] = {
             t: tuple(f.name for f in msgspec.structs.fields(t) if TensorInfo in (f.type, *get_args(f.type)))
             for t in types
@@ -194,7 +206,7 @@ class Codec:
         """
         self._check_framing(frames)
         self._check_sizes(frames, limits)
-        header = _unpack(bytes(frames[1]), limits)
+        header = _unpack(bytes(frames[1]), limits, self._spec)
         try:
             message = self._typed(header, types)
             return Received(message, _views(self._declared(message), frames[2:]))
@@ -206,12 +218,12 @@ class Codec:
         if not 2 <= len(frames) <= 2 + self._max_tensors:  # W1
             raise BadFraming(
                 f"a message has 2 to {2 + self._max_tensors} frames, this one has {len(frames)}",
-                "Send protocol name, header, then the declared tensors; see docs/spec/wire.md",
+                f"Send protocol name, header, then the declared tensors; see {self._spec}",
             )
         if bytes(frames[0][:16]) != self._protocol:  # W2
             raise UnsupportedProtocol(
                 f"frame 0 is {bytes(frames[0][:16])!r}, this end speaks {self._protocol!r}",
-                "Use a client and a daemon of the same protocol version",
+                "Use the same protocol version at both ends",
             )
 
     def _check_sizes(self, frames: Sequence[Buffer], limits: Limits) -> None:
@@ -224,7 +236,7 @@ class Codec:
         if payload > limits.max_payload_bytes:
             raise MessageTooLarge(
                 f"the tensors have {payload} bytes, the limit is {limits.max_payload_bytes}",
-                "Send smaller batches, or raise `max_request_bytes` of the daemon",
+                self._send_less,
             )
 
     def _typed(self, header: dict[str, Any], types: Mapping[str, type[Message]]) -> Message:
@@ -253,7 +265,7 @@ class Codec:
             if key not in known:
                 raise UnknownField(
                     f"message `{where}` has no field `{key[:SHOWN]}`{did_you_mean(key[:SHOWN], known)}",
-                    "Correct its name, or use a client and a daemon of the same version",
+                    "Correct its name, or use the same version at both ends",
                 )
 
     def _declared(self, message: Message) -> dict[str, TensorInfo]:
@@ -277,7 +289,7 @@ def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
     return result
 
 
-def _unpack(header: bytes, limits: Limits) -> dict[str, Any]:
+def _unpack(header: bytes, limits: Limits, spec: str) -> dict[str, Any]:
     try:
         # A list or map of n elements takes at least n bytes: no honest header is refused by the smaller
         # limit, and a short one cannot ask for a long allocation.
@@ -296,7 +308,7 @@ def _unpack(header: bytes, limits: Limits) -> dict[str, Any]:
     except (ValueError, msgpack.UnpackException) as error:  # W4
         raise MalformedHeader(
             f"the header is not one MessagePack map within the limits ({error or type(error).__name__})",
-            "Encode one map with string keys; see docs/spec/wire.md for the limits",
+            f"Encode one map with string keys; see {spec} for the limits",
         ) from error
     if not isinstance(value, dict):
         raise MalformedHeader(
