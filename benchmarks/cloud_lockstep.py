@@ -93,7 +93,7 @@ class Lockstep:
                 probation = probation.seen(said, answer.logits)
                 if probation.decided:
                     if probation.objection() is None:
-                        stream.adopt(candidate)
+                        stream.adopt(candidate, (1, seq))
                     else:
                         counts["refused_by_edge"] += 1
                     candidate = probation = None
@@ -126,8 +126,9 @@ class Lockstep:
                         continue
                 seq += 1
                 sealed, payload = make_patch(
-                    learner.theta, self.engines.bundle.manifest.theta, [self.key], bundle_digest=self.trust.bundle_digest,
-                    channel="edge", epoch=1, seq=seq, parent_digest=stream.model.digest, samples=len(new),
+                    learner.theta, self.engines.bundle.manifest.theta, [self.key],
+                    bundle_digest=self.trust.bundle_digest, channel="edge", epoch=1, seq=seq,
+                    parent_digest=stream.model.digest, samples=len(new),
                     issued_s=int(time.time()), dtype=args.dtype,
                 )  # fmt: skip
                 verified = verify_patch(

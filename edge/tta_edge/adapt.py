@@ -145,6 +145,7 @@ class Stream:
         suspended: true when the guards gave up on it; it serves the source.
         restored: `source`, or what it was restored from.
         samples: answered since it was loaded.
+        stands_on: epoch and number of the base; (0, 0) is the bundle's own theta.
         counts: reason code -> how often.
         last_event: `action: reason` of the newest event.
         checkpoints: good states, the newest last.
@@ -171,6 +172,7 @@ class Stream:
         self.suspended = False
         self.restored = "source"
         self.samples = 0
+        self.stands_on = (0, 0)
         self.counts: Counter[str] = Counter()
         self.last_event = ""
         self.checkpoints: deque[Checkpoint] = deque(maxlen=CHECKPOINTS)
@@ -301,15 +303,17 @@ class Stream:
         """Whether the source serves because the method has nothing to add."""
         return self.auto is not None and self.auto.held
 
-    def adopt(self, base: Vector, *, decay: float = 0.0) -> None:
+    def adopt(self, base: Vector, order: tuple[int, int], *, decay: float = 0.0) -> None:
         """Stand on another base from now on; method state starts anew, and checkpoints of the old base are forgotten.
 
         Args:
             base: [P], finite.
+            order: epoch and number of its patch.
             decay: see `adopted`.
         """
         with self._lock:
             self.model.rebase(base, self.adopted(base, decay=decay))
+            self.stands_on = order
             self.checkpoints.clear()
             if self.auto is not None:
                 self.auto.realign()

@@ -66,6 +66,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Threads of the steps; without it half of `threads`, or all of them with policy `inline`."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     """Of the random numbers that a method uses; a run with the same seed and data repeats bit for bit."""
+    mode: Literal["off", "local", "cloud", "both"] = "local"
+    """Who improves theta. `local`: the streams themselves. `cloud`: patches that come from a cloud service, beside a
+    method that learns nothing by gradient (auto, norm, source). `both`: patches, and any method. `off`: nobody."""
+    probation_samples: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    """Samples answered while a new base is judged in shadow, before it serves; each costs one more forward pass."""
     adapt: bool = True
     """Whether streams adapt at all; `false` serves what is there. `tta-edge adapt` switches while running."""
     policy: Literal["inline", "always", "every", "budget"] = "inline"

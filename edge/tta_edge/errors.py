@@ -102,6 +102,12 @@ class CannotBind(StartError):
     code = "cannot-bind"
 
 
+class ModeRefused(StartError):
+    """The mode and the method do not go together."""
+
+    code = "mode-refused"
+
+
 class ClientError(TtaError):
     """A call of the client library failed."""
 

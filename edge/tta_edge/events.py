@@ -87,7 +87,8 @@ class Event:
         stream: id of the stream; empty for the whole bundle or daemon.
         action: `skip` (answered, not adapted on), `refuse` (step not committed), `reset`, `rollback`, `suspend`,
             `quarantine` (a state file was set aside), `restore`, `evict`, `forget`, `wake` (auto steps often again),
-            `hold` and `release` (auto lets the source serve, or no longer), `switch`, `reload` or `disk`.
+            `hold` and `release` (auto lets the source serve, or no longer), `stage` (a base is on probation), `commit`
+            (a base serves), `switch`, `reload` or `disk`.
         reason: a `Reason`, or the code of an error.
         detail: the values behind it, in words.
     """

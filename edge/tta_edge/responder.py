@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tta_edge.adapt import Answer, Guards, Keeper, Stream
 from tta_edge.auto import Auto
+from tta_edge.base import Base
 from tta_edge.batching import Call, Mergeable
 from tta_edge.config import BundleConfig, Config
 from tta_edge.errors import Internal, ReloadUnderWay, UnknownBundle
@@ -31,6 +32,7 @@ from tta_edge.session import Arrived, error_reply
 from tta_edge.stats import Figures, Stats
 from tta_edge.stepper import Stepper
 from tta_edge.store import StateStore
+from tta_edge.teaching import Bases, Report, check_mode
 from tta_edge.wire import (
     Adapt,
     AdaptDone,
@@ -63,6 +65,7 @@ from tta_runtime.atomic import DISK, Disk
 from tta_runtime.errors import TtaError, did_you_mean
 from tta_runtime.memory import resident_bytes, return_free_memory
 from tta_runtime.model import Model
+from tta_runtime.theta import Vector
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +140,9 @@ class Responder:
                 disk=disk,
             )
             self._saver = Saver(self._store)
-        self._adapting = config.adapt and (self._store is None or self._store.switch())
+        self._adapting = (
+            config.adapt and config.mode != "off" and (self._store is None or self._store.switch())
+        )
         self._stepper = Stepper(
             self._policy,
             max_bytes=config.max_window_bytes,
@@ -153,8 +158,21 @@ class Responder:
             saver=self._saver,
             left=self._stepper.drop,
         )
+        self._bases = Bases(
+            config.mode,
+            probation_samples=config.probation_samples,
+            directory=None if config.state_dir is None else Path(config.state_dir),
+            tell=self.events.add,
+            streams=self._registry.all,
+            disk=disk,
+        )
+        for host in self._hosts.values():
+            check_mode(config.mode, host)
+            self._bases.open(host)
         self._reloading: set[str] = set()
         self._registry.restore_all(self._hosts)
+        for stream in self._registry.all():
+            self._bases.admit(stream)
         if not self._registry.all():
             self._registry.admit(self._registry.get(self._hosts[self._default], DEFAULT_STREAM))
         self._stepper.start()
@@ -217,6 +235,7 @@ class Responder:
         began_s = self._clock()
         host = self._host(message.bundle)
         stream = self._registry.get(host, message.stream)
+        self._bases.admit(stream)
         batches = [arrived.tensors["x"] for arrived in group]
         # Those that share a run must each be fit for it; a single one is checked by the model before anything else.
         checked = batches if len(group) == 1 else [stream.model.check_input(batch) for batch in batches]
@@ -235,6 +254,9 @@ class Responder:
                 self._stats.stepped(host.name, result, self._clock() - began_s)
         else:
             answer = stream.serve(x, collect=adapt, compare=message.compare)
+        if answer.reason is Reason.COLLAPSE:
+            self._bases.collapsed(host, f"stream `{stream.name}` collapsed")
+        self._bases.answered(host, stream, x, answer.logits)
         self._registry.admit(stream)  # only now: a refused first request leaves no stream behind
         collected = adapt and stream.adapts and (windowed or not inline)
         if collected and not inline:
@@ -309,6 +331,24 @@ class Responder:
         """Write what an operator asked for before it is confirmed; gives whether it will survive."""
         return self._saver is not None and self._saver.settle(stream)
 
+    # ------------------------------------------------------------------------------------------ bases
+
+    def offer_base(self, bundle: str, epoch: int, seq: int, theta: Vector, report: Report) -> None:
+        """Take a verified theta on probation; for any thread. It is done between two requests.
+
+        Args:
+            bundle: name; empty for the first one.
+            epoch: of its patch.
+            seq: of its patch.
+            theta: [P], finite, of that bundle.
+            report: told what becomes of it, in the answering thread.
+        """
+        self._call(lambda: self._bases.offer(self._host(bundle), epoch, seq, theta, report))
+
+    def base(self, bundle: str = "") -> Base:
+        """The committed base of a bundle; for any thread."""
+        return self._bases.base(bundle or self._default)
+
     # ------------------------------------------------------------------------------------------ reloading
 
     def reload_all(self) -> None:
@@ -351,6 +391,8 @@ class Responder:
         self._reloading.discard(old.name)
         before, now = old.engines.bundle.digest, new.engines.bundle.digest
         self._hosts[new.name] = new
+        if before != now:
+            self._bases.open(new)
         kept, restarted = self._registry.swap(new)
         detail = f"bundle {now[:12]} after {before[:12]}; {kept} streams go on, {restarted} start anew"
         self.events.add(Event(new.name, "", "reload", Reason.REQUESTED.value, detail))
@@ -406,7 +448,7 @@ class Responder:
             uptime_s=self._clock() - self._began_s,
             adapt=self._adapting,
             policy=self._config.policy,
-            bundles=[_bundle_status(host) for host in list(self._hosts.values())],
+            bundles=[self._bundle_status(host) for host in list(self._hosts.values())],
             streams=[self._stream_status(stream) for stream in self._registry.all()],
             stored_streams=self._registry.stored(),
             state_dir=self._config.state_dir or "",
@@ -419,6 +461,20 @@ class Responder:
             latency_ms=figures.latency(),
             rss_bytes=resident_bytes(),
             disk_error="" if self._saver is None else self._saver.error,
+        )
+
+    def _bundle_status(self, host: Host) -> BundleStatus:
+        bundle, base = host.engines.bundle, self._bases.base(host.name)
+        staged = self._bases.candidate(host.name)
+        return BundleStatus(
+            name=host.name,
+            model_id=bundle.manifest.model_id,
+            digest=bundle.digest,
+            method=host.method,
+            provider=", ".join(sorted(set(host.engines.providers.values()))),
+            loads=host.loads,
+            base="" if not base.seq else f"{base.epoch}.{base.seq}",
+            staged="" if staged is None else f"{staged[0]}.{staged[1]}",
         )
 
     def _stream_status(self, stream: Stream) -> StreamStatus:
@@ -534,16 +590,4 @@ def _auto_status(auto: Auto) -> AutoStatus:
         gain=auto.gain,
         correlated=auto.prior.correlated,
         evidence=auto.prior.evidence,
-    )
-
-
-def _bundle_status(host: Host) -> BundleStatus:
-    bundle = host.engines.bundle
-    return BundleStatus(
-        name=host.name,
-        model_id=bundle.manifest.model_id,
-        digest=bundle.digest,
-        method=host.method,
-        provider=", ".join(sorted(set(host.engines.providers.values()))),
-        loads=host.loads,
     )

@@ -180,6 +180,10 @@ class BundleStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What really runs its graphs."""
     loads: int
     """How often it was loaded since the daemon started."""
+    base: str = ""
+    """Epoch and number of the committed base; empty: the bundle's own theta."""
+    staged: str = ""
+    """Of the base on probation; empty: none."""
 
 
 AutoMode = Literal["awake", "resting", "source"]
