@@ -45,6 +45,7 @@ class Signal(Enum):
     """What moves a connection from one phase to the next."""
 
     OPEN = auto()
+    ELSEWHERE = auto()  # what opens a connection at the other endpoint, and nothing here
     REQUEST = auto()
     WELCOME = auto()
     REFUSE = auto()
@@ -266,7 +267,7 @@ class CloudSession:
             self._opened(arrived, known, Signal.REFUSE if refused else Signal.WELCOME)
         if not refused and not tensors:  # L8; what carries megabytes is made again instead
             known.answered[arrived.message.id] = arrived.message, frames
-            while len(known.answered) > 4 * (self.options.max_open + self.options.spare):
+            while len(known.answered) > self.options.max_open + self.options.spare:
                 known.answered.popitem(last=False)
         return [[arrived.peer, *frames]]
 
@@ -314,11 +315,13 @@ class CloudSession:
 
     def _next_phase(self, known: _Peer | None, message: FromEdge) -> Phase:
         phase = known.phase if known else Phase.STRANGER
-        signal = Signal.OPEN if isinstance(message, self._opener) else Signal.REQUEST
+        signal = Signal.REQUEST
+        if isinstance(message, (Hello, Enroll)):
+            signal = Signal.OPEN if isinstance(message, self._opener) else Signal.ELSEWHERE
         if signal not in self._table[phase]:
             wanted = self._opener.__struct_config__.tag
             raise NotGreeted(
-                f"`{tag(message)}` came before `{wanted}` was answered",
+                f"`{tag(message)}` came, here a connection begins with `{wanted}` and its answer",
                 f"Send `{wanted}` and wait for its answer",
             )
         return self._table[phase][signal]

@@ -265,7 +265,8 @@ class _Request:
     tensors: Tensors = field(default_factory=dict)
     under_way: bool = False
     due_s: float = 0.0
-    sent: int = 0
+    sent: bool = False
+    tries: int = 0
     refusals: int = 0
 
     @property
@@ -507,8 +508,8 @@ class Uplink:
         self._greeted_s = now_s
         self._drop_asks()
         self._asks = {Hello: _Request(msgspec.structs.replace(self._hello, id=self._new_id()), due_s=now_s)}
-        for request in self._uploads.values():
-            request.under_way = False
+        for request in self._uploads.values():  # nothing of the former connection is answered in this one
+            request.under_way, request.due_s, request.tries = False, now_s, 0
         self._work = True
 
     def _drop_asks(self) -> None:
@@ -568,11 +569,12 @@ class Uplink:
 
     def _send(self, request: _Request, now_s: float) -> Frames:
         request.under_way = True
-        request.sent += 1
+        request.sent = True
+        request.tries += 1
         if isinstance(request.message, Ping):
             request.due_s = now_s + self.options.ping_s
         else:
-            wait_s = self.options.answer_s * 2.0 ** min(request.sent - 1, 100)
+            wait_s = self.options.answer_s * 2.0 ** min(request.tries - 1, 100)
             under_way_s = self._under_way() / self.options.slow_bytes_per_s
             request.due_s = now_s + min(wait_s, self.options.max_answer_s) + under_way_s
         self._said_s = now_s
