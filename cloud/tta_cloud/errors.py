@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tta_runtime.errors import ConfigError, StateError, TtaError
+from tta_runtime.link import BUSY, DRAINING, DUPLICATE, NOT_GREETED
 
 
 class CloudError(TtaError):
@@ -33,3 +34,34 @@ class SnapshotUnreadable(StateError):
     """What a learner left is not a snapshot of these models."""
 
     code = "snapshot-unreadable"
+
+
+class LinkRefusal(CloudError):
+    """The cloud understood a message of an edge and does not act on it."""
+
+    code = "link-refusal"
+
+
+class NotGreeted(LinkRefusal):
+    """The connection has not begun with the message that opens it, or the cloud has forgotten it (L5)."""
+
+    code = NOT_GREETED
+
+
+class DuplicateRequest(LinkRefusal):
+    """An edge used the id of one request for another (L8)."""
+
+    code = DUPLICATE
+
+
+class Busy(LinkRefusal):
+    """More is open than the cloud holds; nothing was stored (L10)."""
+
+    code = BUSY
+    retry_after_s: float | None = None
+
+
+class Draining(LinkRefusal):
+    """The cloud is shutting down and takes nothing new."""
+
+    code = DRAINING

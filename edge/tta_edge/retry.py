@@ -60,8 +60,19 @@ class Retry:
         if isinstance(error, Busy) and error.retry_after_s is not None:
             told_s = error.retry_after_s
             return told_s * (1 + 0.1 * draw) if 0 <= told_s <= self.max_wait_s else None
-        doubled_s = self.wait_s * 2.0 ** min(attempt - 1, 1000)
-        return min(self.max_wait_s, doubled_s) * (1 - 0.5 * draw)
+        return backoff_s(self.wait_s, self.max_wait_s, attempt, draw)
+
+
+def backoff_s(wait_s: float, max_wait_s: float, attempt: int, draw: float) -> float:
+    """How long to wait after the failed attempt of that number, from 1.
+
+    Args:
+        wait_s: after the first; doubled for each further one.
+        max_wait_s: the longest.
+        attempt: number of attempts that have failed.
+        draw: a random number in [0, 1); it shortens the wait by up to a half.
+    """
+    return min(max_wait_s, wait_s * 2.0 ** min(attempt - 1, 1000)) * (1 - 0.5 * draw)
 
 
 NEVER = Retry(attempts=1)

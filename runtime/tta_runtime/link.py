@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta
 
+from .errors import BadField
+from .sealed import MAX_BODY_BYTES
+from .signing import MAX_SIGNATURES
 from .wire import (
     NAME_PATTERN,
     Buffer,
@@ -22,7 +25,19 @@ from .wire import (
 
 PROTOCOL = b"TTC1"
 MAX_TENSORS = 2
-LIMITS = Limits(max_header_bytes=8 * 1024, max_payload_bytes=16 << 20)
+MAX_SEALED_BYTES = MAX_BODY_BYTES + 1024 * MAX_SIGNATURES
+MAX_PAYLOAD_BYTES = 16 << 20
+# The longest text, the cause of a refusal, may have four bytes for each of its characters.
+LIMITS = Limits(
+    max_header_bytes=16 * 1024,
+    max_payload_bytes=MAX_PAYLOAD_BYTES + MAX_SEALED_BYTES,
+    max_str_bytes=8 * 1024,
+)
+MAX_ENTROPY = 64.0  # nats; more than ln of any number of classes
+MAX_RETRY_S = 3600.0
+
+BUSY, DRAINING, NOT_GREETED, DUPLICATE = "busy", "draining", "not-greeted", "duplicate-request"
+"""Codes of refusals that are a matter of the link; what they ask for is in the specification (L9 to L12)."""
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Sha = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -32,6 +47,7 @@ Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 Text = Annotated[str, Meta(max_length=512)]
 Mode = Literal["off", "local", "cloud", "both"]
 State = Literal["staged", "committed", "refused", "rolled-back"]
+Encoding = Literal["raw", "jpeg"]
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
@@ -58,10 +74,11 @@ class Sample(Message, frozen=True, kw_only=True, tag="sample"):
     epoch: Count
     seq: Count
     """Of the base that answered it."""
-    entropy: Annotated[float, Meta(ge=0)]
+    entropy: Annotated[float, Meta(ge=0, le=MAX_ENTROPY)]
     """Of the edge's answer, in nats."""
+    encoding: Encoding = "raw"
     x: TensorInfo
-    """[...] without a batch dimension."""
+    """[...] without a batch dimension; [n] uint8 where it is a JPEG file."""
 
 
 class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
@@ -113,6 +130,8 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     root_version: Count
     max_open: Annotated[int, Meta(ge=1, le=1024)]
     """Samples that may be unanswered at once."""
+    silence_s: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
+    """An edge that says nothing for so long is forgotten."""
 
 
 class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
@@ -171,7 +190,7 @@ class Refusal(Message, frozen=True, kw_only=True, tag="error"):
     code: Annotated[str, Meta(max_length=64)]
     cause: Annotated[str, Meta(max_length=2048)]
     fix: Text = ""
-    retry_after_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
+    retry_after_s: Annotated[float, Meta(ge=0, le=MAX_RETRY_S)] | None = None
 
 
 FromEdge = Hello | Sample | Fetch | Progress | Ping | GetRoot | Enroll
@@ -189,9 +208,29 @@ def encode_message(message: Message, tensors: Tensors | None = None) -> list[Buf
 
 def decode_from_edge(frames: Sequence[Buffer], limits: Limits = LIMITS) -> Received[Any]:
     """What an edge sent; raises a WireError (see `wire.Codec.decode`)."""
-    return _CODEC.decode(frames, limits, FROM_EDGE)
+    return _checked(_CODEC.decode(frames, limits, FROM_EDGE))
 
 
 def decode_from_cloud(frames: Sequence[Buffer], limits: Limits = LIMITS) -> Received[Any]:
     """What the cloud sent; raises a WireError (see `wire.Codec.decode`)."""
-    return _CODEC.decode(frames, limits, FROM_CLOUD)
+    return _checked(_CODEC.decode(frames, limits, FROM_CLOUD))
+
+
+def _checked(received: Received[Any]) -> Received[Any]:
+    """L4: frames that are files or signed bodies are rows of bytes within their limits."""
+    message = received.message
+    limits = {"sealed": MAX_SEALED_BYTES, "payload": MAX_PAYLOAD_BYTES}
+    if isinstance(message, Sample) and message.encoding == "jpeg":
+        limits["x"] = MAX_PAYLOAD_BYTES
+    for name, limit in limits.items():
+        info = getattr(message, name, None)
+        if isinstance(info, TensorInfo) and not (
+            info.dtype == "uint8" and len(info.shape) == 1 and info.nbytes <= limit
+        ):
+            error = BadField(
+                f"`{name}` is {info.dtype}{list(info.shape)}, expected at most {limit} bytes as uint8 [n]",
+                "Correct the field; see docs/spec/link.md",
+            )
+            error.request_id = message.id if hasattr(message, "id") else None
+            raise error
+    return received
