@@ -64,17 +64,18 @@ def connect(path: Path, *, checkpoint_pages: int, read_only: bool = False) -> sq
     return db
 
 
-def typed(error: sqlite3.Error, path: Path) -> CloudError:
+def typed(error: sqlite3.Error, path: Path, *, opening: bool = False) -> CloudError:
     """What an error of SQLite means for the caller.
 
     Args:
         error: from SQLite.
         path: of the store's file.
+        opening: whether it came from the first write to it.
     """
     text = str(error)
     if any(word in text for word in _FULL):
         return StoreFull(f"{path} cannot grow: {text}", "Free space, or lower what is kept of the samples")
-    if any(word in text for word in _DAMAGE) or _claims_to_be_read_only(text, path):
+    if any(word in text for word in _DAMAGE) or (opening and _claims_to_be_read_only(text, path)):
         return StoreDamaged(f"{path} is damaged: {text}", "Restore a backup if one is needed")
     if isinstance(error, (sqlite3.IntegrityError, sqlite3.DataError)) or "too big" in text:
         return BadRecord(f"the record cannot be stored: {text}", "Correct the value")

@@ -101,9 +101,10 @@ def insert(
             return "duplicate"
         if quota and received(db, sample.edge, received_ms - quota.window_ms) >= quota.max_samples:
             return "quota"
+        # SQLite gives -0.0 back as 0.0, and an integer as a float: the seal is over what will be found.
         row = (
             sample.key, sample.edge, sample.group, sample.stream, sample.taken_ms, received_ms, sample.seq,
-            sample.entropy, sample.encoding, sample.dtype, ",".join(map(str, sample.shape)),
+            float(sample.entropy) + 0.0, sample.encoding, sample.dtype, ",".join(map(str, sample.shape)),
         )  # fmt: skip
         db.execute(
             "INSERT INTO samples (key, edge, grp, stream, taken_ms, received_ms, seq, entropy, encoding, dtype, "

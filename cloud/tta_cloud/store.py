@@ -189,9 +189,13 @@ class Store:
     # ------------------------------------------------------------------------------------------ inside
 
     def _look_closer(self) -> None:
-        """Let the writer read every page: if it finds the damage as well, it begins a new store."""
+        """Let the writer read the file anew from the disk, not from its cache, and begin a new one if need be."""
+
+        def suspect(_: sqlite3.Connection) -> None:
+            raise schema.Malformed("malformed: a reader has found that")
+
         with suppress(StoreBusy, StoreClosed):
-            self._writer.submit(Operation("store.check", schema.check), lambda _: None)
+            self._writer.submit(Operation("store.suspect", suspect), lambda _: None)
 
     def _reader(self) -> sqlite3.Connection:
         return database.connect(self.path, checkpoint_pages=0, read_only=True)
@@ -224,7 +228,7 @@ class Store:
             if db is not None:
                 database.close(db)
             if isinstance(error, sqlite3.Error):
-                raise database.typed(error, self.path) from error
+                raise database.typed(error, self.path, opening=True) from error
             raise
         return db
 
