@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ from snapshots import files
 from tta_cloud import edges, learners, ledger, samples, schema
 from tta_cloud.errors import (
     BadRecord,
-    CloudError,
     DamagedRecord,
     EdgeExists,
     EdgeRevoked,
@@ -34,6 +33,7 @@ from tta_cloud.errors import (
     StaleLearner,
     StoreBusy,
     StoreClosed,
+    StoreDamaged,
     StoreFull,
     StoreInUse,
     StoreTooNew,
@@ -713,19 +713,19 @@ def test_damage_that_is_found_while_running_begins_a_new_store(root, finder):
     with Kept(root, options(checkpoint_pages=1)) as store:
         store.insert(*range(64), size=60_000)  # more than the writer's connection keeps in memory
         smash(root)
-        for number in range(100, 140):
+        for _ in range(40):
             try:
                 if finder == "reader":
                     store.read(lambda db: samples.unused(db, "g", 100))
                 else:
                     store.call(Operation("check", schema.check))
-            except CloudError as error:
-                assert error.code == "store-damaged"
+            except StoreDamaged:
+                pass
             if store.told:
                 break
         assert store.told == [("quarantine", "store-damaged")]
-        assert store.insert(number) == ["stored"]
-        assert store.unused() == [key(number)]
+        assert store.insert(99) == ["stored"]
+        assert store.unused() == [key(99)]
     assert (root / f"{FILE}.corrupt-1").exists()
 
 
@@ -801,7 +801,7 @@ def test_a_disk_that_is_full_at_the_start_sets_nothing_aside(small_disk):
     with Kept(root) as store:
         store.insert(1)
     ballast = small_disk / "ballast"
-    with pytest.raises(OSError, match="No space"), open(ballast, "wb", buffering=0) as file:
+    with open(ballast, "wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(b"\x00" * 4096)
     try:

@@ -24,44 +24,43 @@ _DAMAGE = (
 )
 
 
-def connect(path: Path, *, checkpoint_pages: int, read_only: bool = False) -> sqlite3.Connection:
-    """A connection in WAL mode that makes every commit durable; the file must exist.
-
-    Args:
-        path: of the file.
-        checkpoint_pages: pages of the WAL file beyond which a commit moves them into the file itself; 0 never.
-        read_only: whether it is for reading.
-
-    Raises:
-        sqlite3.Error: from SQLite.
-    """
-    db = sqlite3.connect(
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection to a file that exists, of which nothing was read yet; raises sqlite3.Error."""
+    return sqlite3.connect(
         f"file:{quote(str(path.absolute()))}?mode=rw",
         uri=True,
         isolation_level=None,  # transactions begin where we say so
         timeout=BUSY_S,
         check_same_thread=False,  # a connection goes from thread to thread, and is with one at a time
     )
-    try:
-        db.text_factory = _text
-        (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise sqlite3.OperationalError(f"unable to open in WAL mode, it stays in mode {mode}")
-        for pragma in (
-            "synchronous = FULL",  # in WAL mode: fsync at each commit, not only at checkpoints
-            f"wal_autocheckpoint = {checkpoint_pages}",
-            f"journal_size_limit = {64 << 20}",  # a WAL that a long reader has made grow is cut again
-            "trusted_schema = OFF",
-            "cell_size_check = ON",
-            "temp_store = MEMORY",
-            *(["query_only = ON"] if read_only else []),
-        ):
-            with closing(db.execute(f"PRAGMA {pragma}")) as cursor:
-                cursor.fetchall()
-    except BaseException:
-        db.close()
-        raise
-    return db
+
+
+def configure(db: sqlite3.Connection, *, checkpoint_pages: int, read_only: bool = False) -> None:
+    """Bring a connection into WAL mode, where it makes every commit durable.
+
+    Args:
+        db: the connection.
+        checkpoint_pages: pages of the WAL file beyond which a commit moves them into the file itself; 0 never.
+        read_only: whether it is for reading.
+
+    Raises:
+        sqlite3.Error: from SQLite.
+    """
+    db.text_factory = _text
+    (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise sqlite3.OperationalError(f"unable to open in WAL mode, it stays in mode {mode}")
+    for pragma in (
+        "synchronous = FULL",  # in WAL mode: fsync at each commit, not only at checkpoints
+        f"wal_autocheckpoint = {checkpoint_pages}",
+        f"journal_size_limit = {64 << 20}",  # a WAL that a long reader has made grow is cut again
+        "trusted_schema = OFF",
+        "cell_size_check = ON",
+        "temp_store = MEMORY",
+        *(["query_only = ON"] if read_only else []),
+    ):
+        with closing(db.execute(f"PRAGMA {pragma}")) as cursor:
+            cursor.fetchall()
 
 
 def typed(error: sqlite3.Error, path: Path, *, opening: bool = False) -> CloudError:

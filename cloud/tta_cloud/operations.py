@@ -19,6 +19,7 @@ class Operation(Generic[T]):
     Attributes:
         name: for the log.
         run: carries it out on the writer's connection, inside a transaction. It refuses by raising a `CloudError`.
+            It may be run again after its transaction was rolled back, and must change nothing but the store.
         size_bytes: of what waits with it in the queue.
     """
 

@@ -34,19 +34,21 @@ def set_aside(path: Path, disk: Disk = DISK) -> Path:
     return target
 
 
-def finish(path: Path, disk: Disk = DISK) -> None:
-    """Set aside what belongs to a store that is gone: a kill came while it was set aside.
+def finish(path: Path, disk: Disk = DISK) -> Path | None:
+    """Set aside what belongs to a store that is gone: a kill came while it was set aside; gives where it went.
 
     Raises:
         OSError: from the operating system.
     """
-    if path.exists() or not any(path.with_name(path.name + ending).exists() for ending in BESIDE):
-        return
+    left = [ending for ending in BESIDE if path.with_name(path.name + ending).exists()]
+    if path.exists() or not left:
+        return None
     before = kept(path)
-    target = before[-1][1] if before else path.with_name(f"{path.name}.corrupt-1")
-    if any(target.with_name(target.name + ending).exists() for ending in BESIDE[:1]):
-        target = path.with_name(f"{path.name}.corrupt-{before[-1][0] + 1}")
+    number, target = before[-1] if before else (1, path.with_name(f"{path.name}.corrupt-1"))
+    if any(target.with_name(target.name + ending).exists() for ending in left):  # they are not of that one
+        target = path.with_name(f"{path.name}.corrupt-{number + 1}")
     _follow(path, target, disk)
+    return target
 
 
 def kept(path: Path) -> list[tuple[int, Path]]:

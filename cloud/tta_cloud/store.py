@@ -198,7 +198,13 @@ class Store:
             self._writer.submit(Operation("store.suspect", suspect), lambda _: None)
 
     def _reader(self) -> sqlite3.Connection:
-        return database.connect(self.path, checkpoint_pages=0, read_only=True)
+        db = database.connect(self.path)
+        try:
+            database.configure(db, checkpoint_pages=0, read_only=True)
+        except BaseException:
+            database.close(db)
+            raise
+        return db
 
     def _reopen(self) -> sqlite3.Connection:
         with self._readers.shut():
@@ -207,28 +213,39 @@ class Store:
     def _open(self) -> sqlite3.Connection:
         """The writer's connection to the store, or to a new one in the place of one that is damaged."""
         try:
-            quarantine.finish(self.path, self._disk)
+            target = quarantine.finish(self.path, self._disk)
+            if target is not None:
+                cause = f"{self.path} was set aside by a service that was killed meanwhile"
+                self._say(StoreEvent("quarantine", StoreDamaged.code, f"{cause}; moved to {target}"))
             return self._connect()
-        except StoreDamaged as damage:
-            self._set_aside(damage)
+        except StoreDamaged:  # it was set aside
             return self._connect()
         except OSError as error:
             raise _unusable(self.path, error) from error
 
     def _connect(self) -> sqlite3.Connection:
+        """A connection to the store; one that is damaged is set aside before StoreDamaged is raised."""
         _make_file(self.path, self._disk)
-        db = None
+        db = database.connect(self.path)
         try:
-            db = database.connect(self.path, checkpoint_pages=self._options.checkpoint_pages)
+            wal = self.path.with_name(f"{self.path.name}-wal")
+            if self.path.stat().st_size == 0 and wal.exists() and wal.stat().st_size > 0:
+                raise schema.Malformed("malformed: it is empty, and its WAL file is not")
+            database.configure(db, checkpoint_pages=self._options.checkpoint_pages)
             schema.prepare(db)
             if self._options.max_pages:
                 db.execute(f"PRAGMA max_page_count = {self._options.max_pages}").fetchall()
             self._note_opening(db)
-        except BaseException as error:
-            if db is not None:
+        except sqlite3.Error as error:
+            refused = database.typed(error, self.path, opening=True)
+            try:
+                if isinstance(refused, StoreDamaged):
+                    self._set_aside(refused)  # before it is closed, which would fold the WAL in and delete it
+            finally:
                 database.close(db)
-            if isinstance(error, sqlite3.Error):
-                raise database.typed(error, self.path, opening=True) from error
+            raise refused from error
+        except BaseException:
+            database.close(db)
             raise
         return db
 
@@ -253,8 +270,12 @@ class Store:
         except OSError as error:
             raise _unusable(self.path, error) from error
         self._fail_point("quarantine.after")
+        self._say(StoreEvent("quarantine", damage.code, f"{damage.cause}; moved to {target}"))
+
+    def _say(self, event: StoreEvent) -> None:
+        log.warning("%s (%s): %s", event.action, event.reason, event.detail)
         try:
-            self._tell(StoreEvent("quarantine", damage.code, f"{damage.cause}; moved to {target}"))
+            self._tell(event)
         except Exception:
             log.exception("a defect in what is told of events")
 
@@ -284,7 +305,7 @@ def _locked(root: Path, disk: Disk) -> IO[bytes]:
 
 
 def _make_file(path: Path, disk: Disk) -> None:
-    """A file with our permissions, which SQLite gives to -wal and -shm too; raises StoreUnusable, StoreDamaged."""
+    """A file with our permissions, which SQLite gives to -wal and -shm too; raises StoreUnusable."""
     try:
         with suppress(FileExistsError):
             os.close(disk.create(path, 0o600))
@@ -292,11 +313,6 @@ def _make_file(path: Path, disk: Disk) -> None:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")
         os.chmod(path, 0o600)
-        wal = path.with_name(path.name + "-wal")
-        if (
-            path.stat().st_size == 0 and wal.exists() and wal.stat().st_size > 0
-        ):  # SQLite would delete the WAL
-            raise StoreDamaged(f"{path} is damaged: it is empty, its WAL file has {wal.stat().st_size} bytes")
     except OSError as error:
         raise _unusable(path, error) from error
 
