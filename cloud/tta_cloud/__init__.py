@@ -1,1 +1,1 @@
-"""The package of the cloud service; this version ships none. docs/adr/0001-one-vector.md says what may cross to it."""
+"""The cloud service: samples in, a larger model beside them, signed patches out. `tta-cloud` is its command line."""

@@ -157,7 +157,16 @@ def issue(token: str, name: str, group: str, *, expires_ms: int) -> Operation[No
     Raises:
         BadRecord: a value is out of range.
     """
-    made = checked(Token(hash=_hash(token), name=name, group=group, expires_ms=expires_ms))
+    return admit(_hash(token), name, group, expires_ms=expires_ms)
+
+
+def admit(digest: bytes, name: str, group: str, *, expires_ms: int) -> Operation[None]:
+    """`issue` where only the token's hash is at hand.
+
+    Raises:
+        BadRecord: a value is out of range.
+    """
+    made = checked(Token(hash=digest, name=name, group=group, expires_ms=expires_ms))
     return Operation("edges.issue", lambda db: _put_token(db, made))
 
 

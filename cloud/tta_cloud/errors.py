@@ -245,3 +245,21 @@ class Draining(LinkRefusal):
     """The cloud is shutting down and takes nothing new."""
 
     code = DRAINING
+
+
+class IdentityMissing(ConfigError):
+    """The store has no keys."""
+
+    code = "identity-missing"
+
+
+class IdentityExists(ConfigError):
+    """The store has keys already."""
+
+    code = "identity-exists"
+
+
+class CannotServe(CloudError):
+    """The service cannot begin: an address is taken, or not one of its own."""
+
+    code = "cannot-serve"

@@ -21,7 +21,7 @@ class GateOptions:
 
     Attributes:
         tolerance: how much of the score a candidate may lose against the head, as a fraction.
-        min_samples: held-out samples below which nothing is published.
+        min_samples: held-out samples below which the gate has no say; until then the edges' own probation judges alone.
         trim: share of edges, at each end, whose scores do not count: a few edges must not decide for all.
     """
 

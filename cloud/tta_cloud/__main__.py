@@ -1,0 +1,5 @@
+"""`python -m tta_cloud` is `tta-cloud`."""
+
+from tta_cloud.cli import main
+
+main()

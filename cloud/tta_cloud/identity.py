@@ -1,0 +1,171 @@
+"""The cloud's keys and roots on disk: who it is, and what edges trust."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.utils.z85
+
+from tta_cloud.errors import IdentityExists, IdentityMissing
+from tta_runtime import sealed as seals
+from tta_runtime.atomic import write_atomic
+from tta_runtime.errors import KeyExposed, KeyFileRefused
+from tta_runtime.files import reason
+from tta_runtime.root import Root, first_root, make_root, named, next_root
+from tta_runtime.sealed import Sealed
+from tta_runtime.signing import SecretKey
+
+LIFE_S = 365 * 86_400
+"""How long a root may be adopted anew."""
+DIRECTORY, ROOTS = "keys", "roots"
+_Z85_CHARS = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """What `tta-cloud serve` signs and is known by.
+
+    Attributes:
+        curve_public: z85; edges get it with their token.
+        curve_secret: z85.
+        publisher: signs patches and heads.
+        roots: the chain, oldest first; the last one is in force.
+    """
+
+    curve_public: str
+    curve_secret: str
+    publisher: SecretKey
+    roots: tuple[tuple[Root, Sealed], ...]
+
+    @property
+    def root(self) -> Root:
+        """The root in force."""
+        return self.roots[-1][0]
+
+
+def create(store: Path, now_s: float | None = None) -> Identity:
+    """Make new keys: CURVE, root and publisher.
+
+    The root key signs nothing but the next root. Move `root.key` to another place once edges are enrolled; it is
+    needed for `rotate` only.
+
+    Raises:
+        IdentityExists: there are keys.
+        KeyFileRefused: they cannot be written.
+    """
+    directory = store / DIRECTORY
+    if directory.exists():
+        raise IdentityExists(f"{directory} exists", "Use these keys, or choose another --store")
+    try:
+        (directory / ROOTS).mkdir(parents=True, mode=0o700)
+        directory.chmod(0o700)
+        store.chmod(0o700)
+    except OSError as error:
+        raise KeyFileRefused(
+            f"{directory} cannot be made: {reason(error)}", "Choose another --store"
+        ) from error
+    _, secret = zmq.curve_keypair()
+    _write(directory / "curve.key", secret + b"\n")
+    root_key, publisher = SecretKey.generate(), SecretKey.generate()
+    root_key.save(directory / "root.key")
+    publisher.save(directory / "publisher.key")
+    root = Root(
+        version=1,
+        epoch=1,
+        root_keys=named([root_key.public]),
+        root_threshold=1,
+        publisher_keys=named([publisher.public]),
+        publisher_threshold=1,
+        not_after_s=int((time.time() if now_s is None else now_s) + LIFE_S),
+    )
+    _write(directory / ROOTS / "1.root", seals.encode(make_root(root, [root_key])))
+    return load(store)
+
+
+def load(store: Path) -> Identity:
+    """The keys of a store.
+
+    Raises:
+        IdentityMissing: there are none.
+        KeyFileRefused, KeyExposed: one cannot be used.
+        PatchError: a root does not follow the one before.
+    """
+    directory = store / DIRECTORY
+    if not (directory / "curve.key").is_file():
+        raise IdentityMissing(
+            f"there are no keys in {directory}", f"Run `tta-cloud keys init --store {store}`"
+        )
+    secret = _read(directory / "curve.key").strip()
+    if len(secret) != _Z85_CHARS:
+        raise KeyFileRefused(f"{directory / 'curve.key'} holds no CURVE key", "Restore it from a copy")
+    public = zmq.curve_public(secret)
+    files = sorted((directory / ROOTS).glob("*.root"), key=lambda path: int(path.stem))
+    roots: list[tuple[Root, Sealed]] = []
+    for path in files:
+        sealed = seals.decode(path.read_bytes())
+        # Those of the store were adopted when they were made: their time does not end them.
+        root = next_root(roots[-1][0], sealed, now_s=0) if roots else first_root(sealed)
+        roots.append((root, sealed))
+    if not roots:
+        raise IdentityMissing(f"there is no root in {directory / ROOTS}", "Restore the directory from a copy")
+    return Identity(
+        public.decode(), secret.decode(), SecretKey.load(directory / "publisher.key"), tuple(roots)
+    )
+
+
+def rotate(store: Path, root_keys: Sequence[Path], *, now_s: float | None = None) -> Identity:
+    """A new publisher key and a raised epoch: what the old key signed, or signs from now on, counts no more.
+
+    Args:
+        store: whose keys.
+        root_keys: files of the root keys that sign; by default the one that `create` left.
+        now_s: seconds since 1970.
+
+    Raises:
+        IdentityMissing, KeyFileRefused, KeyExposed: as `load`.
+        PatchError: the root keys given are not those of the root in force.
+    """
+    directory, before = store / DIRECTORY, load(store)
+    signers = [SecretKey.load(path) for path in root_keys or [directory / "root.key"]]
+    publisher = SecretKey.generate()
+    root = msgspec.structs.replace(
+        before.root,
+        version=before.root.version + 1,
+        epoch=before.root.epoch + 1,
+        publisher_keys=named([publisher.public]),
+        not_after_s=int((time.time() if now_s is None else now_s) + LIFE_S),
+    )
+    sealed = make_root(root, signers)
+    next_root(before.root, sealed, now_s=0)  # refused here rather than by every edge
+    staged = directory / f"publisher.{root.version}.key"
+    publisher.save(staged)
+    _write(directory / ROOTS / f"{root.version}.root", seals.encode(sealed))
+    os.replace(staged, directory / "publisher.key")
+    return load(store)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_atomic(path, data, mode=0o600)
+    except OSError as error:
+        raise KeyFileRefused(f"{path} cannot be written: {reason(error)}", "Correct --store") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        mode = path.lstat().st_mode
+        data = path.read_bytes()
+    except OSError as error:
+        raise KeyFileRefused(f"{path} cannot be read: {reason(error)}", "Correct its owner") from error
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise KeyExposed(
+            f"{path} has the mode {stat.S_IMODE(mode):04o}, others can use it", f"chmod 600 {path}"
+        )
+    return data

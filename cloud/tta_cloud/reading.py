@@ -1,0 +1,62 @@
+"""Looking into a store beside the service that holds it: read-only, for commands."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tta_cloud import edges, ledger
+from tta_cloud.errors import StoreUnusable
+
+T = TypeVar("T")
+DATA = "data"
+
+
+def read(store: Path, query: Callable[[sqlite3.Connection], T]) -> T:
+    """What a query finds.
+
+    Raises:
+        StoreUnusable: there is no store, or it cannot be read.
+    """
+    from tta_cloud.store import FILE
+
+    path = store / DATA / FILE
+    if not path.is_file():
+        raise StoreUnusable(
+            f"there is no store in {store}", "Name the --store of a service that has run once"
+        )
+    try:
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            return query(db)
+        finally:
+            db.close()
+    except sqlite3.Error as error:
+        raise StoreUnusable(f"{path} cannot be read: {error}", "Look at the service's log") from error
+
+
+def fleet(store: Path) -> list[dict[str, Any]]:
+    """Every edge with how many patches it is behind its group.
+
+    Raises:
+        StoreUnusable: as `read`.
+    """
+
+    def look(db: sqlite3.Connection) -> list[dict[str, Any]]:
+        rows = []
+        for edge in edges.listed(db):
+            newest = ledger.newest(db, edge.group)
+            epoch, seq = (0, 0) if newest is None else (newest.entry.epoch, newest.entry.seq)
+            behind = 0 if newest is None else seq - edge.seq if epoch == edge.epoch else seq
+            rows.append(
+                {
+                    "name": edge.name, "group": edge.group, "state": edge.state, "epoch": edge.epoch, "seq": edge.seq,
+                    "lag": max(0, behind), "last_seen_ms": edge.last_seen_ms, "progress": edge.progress,
+                    "theta_digest": edge.theta_digest, "key": edge.key,
+                }
+            )  # fmt: skip
+        return rows
+
+    return read(store, look)

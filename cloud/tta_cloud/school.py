@@ -1,0 +1,307 @@
+"""The thread that learns: from stored samples to a signed patch in the ledger.
+
+Every round is one transaction: the learner's snapshot and the marks of what it has learned from are written together,
+so a kill neither loses a sample nor teaches it twice. A patch is handed on when it is durable.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from tta_cloud import learners, ledger, samples
+from tta_cloud.config import Config
+from tta_cloud.errors import CloudError, SnapshotUnreadable
+from tta_cloud.gate import Verdict, held_out, judge, judge_labelled
+from tta_cloud.identity import Identity
+from tta_cloud.intake import balanced
+from tta_cloud.learner import Learner
+from tta_cloud.records import Entry, Patch, PatchState, Stored
+from tta_cloud.store import Store
+from tta_runtime import theta as thetas
+from tta_runtime.errors import TtaError
+from tta_runtime.model import Engines
+from tta_runtime.patch import Trust, make_patch, verify_patch
+from tta_runtime.sealed import Sealed, SignatureEntry
+from tta_runtime.theta import Vector
+
+log = logging.getLogger(__name__)
+
+SCANNED = 1024
+"""Waiting samples that are looked at for one round."""
+JUDGED = 256
+"""Held-out samples that judge a patch, the newest ones."""
+PATIENCE = 5
+"""Refusals by the gate in a row, after which the student goes on from the head."""
+
+
+@dataclass
+class _Group:
+    """One group's learner, and what is published of it."""
+
+    learner: Learner
+    generation: int
+    head: Vector
+    refused: int = 0
+    waits: bool = False
+    held: list[Stored] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Published:
+    """A patch that is durable in the ledger and may be offered.
+
+    Attributes:
+        group: whose.
+        patch: as it stands in the ledger.
+    """
+
+    group: str
+    patch: Patch
+
+
+class School:
+    """Learns for all groups. `wake` is for any thread.
+
+    Args:
+        config: of the service.
+        student: graphs of the edges' bundle.
+        teacher: graphs of the teacher.
+        store: of samples and patches.
+        identity: signs.
+        published: told of each new patch, on this thread.
+        clock_s: seconds since 1970.
+        labelled: x and y of an operator's hold-out.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        student: Engines,
+        teacher: Engines,
+        store: Store,
+        identity: Identity,
+        published: Callable[[Published], None],
+        *,
+        clock_s: Callable[[], float] = time.time,
+        labelled: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        self._config = config
+        self._student = student
+        self._teacher = teacher
+        self._store = store
+        self._identity = identity
+        self._published = published
+        self._clock_s = clock_s
+        self._labelled = labelled
+        self._groups: dict[str, _Group] = {}
+        self._changed = threading.Condition()
+        self._wanted: set[str] = set()
+        self._ending = False
+        self._thread = threading.Thread(target=self._work, name="tta-school", daemon=True)
+
+    def start(self, groups: Iterable[str]) -> None:
+        """Begin, with whatever waits for these groups."""
+        with self._changed:
+            self._wanted |= set(groups)
+        self._thread.start()
+
+    def wake(self, group: str) -> None:
+        """There is a new sample of a group."""
+        with self._changed:
+            self._wanted.add(group)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End after the round under way."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted or self._ending)
+                if self._ending:
+                    return
+                group = self._wanted.pop()
+            try:
+                if self.learn(group):
+                    self.wake(group)  # there may be enough for another round
+            except TtaError as error:
+                log.warning("group %s does not learn: %s", group, error)
+            except Exception:
+                log.exception("a defect while group %s learned", group)
+
+    def learn(self, name: str) -> bool:
+        """One round of a group, if enough waits for it; whether there was one.
+
+        Raises:
+            TtaError: of the store or the engines; nothing of the round is kept.
+        """
+        group = self._groups.get(name) or self._open(name)
+        self._groups[name] = group
+        waiting = self._store.read(lambda db: samples.unused(db, name, SCANNED))
+        if waiting.damaged:
+            self._store.call(samples.discard(waiting.damaged))
+        held = [each for each in waiting.samples if held_out(each.sample.key)]
+        fresh = [each for each in waiting.samples if not held_out(each.sample.key)]
+        options = self._config.learner
+        taken = balanced([each.sample.edge for each in fresh], options.new, self._config.intake.max_share)
+        if len(taken) < options.new:
+            # One edge alone may not fill a round where others are; what it has waits for theirs.
+            return False
+        new = [fresh[place] for place in taken]
+        draws = [self._replay(name, group, i) for i in range(options.rounds)]
+        x = np.stack([each.sample.array() for each in new])
+        before = group.learner.snapshot()
+        done = group.learner.learn(x, draws)
+        keys = [each.sample.key for each in (*new, *held)]
+        try:
+            group.generation = self._store.call(
+                learners.save(
+                    name, group.learner.snapshot(), keys, after=group.generation, saved_ms=self._now_ms()
+                )
+            )
+        except CloudError:
+            group.learner.restore(before)
+            raise
+        group.held = [*group.held, *held][-JUDGED:]
+        if done.refused:
+            log.warning("group %s: a round was not finite; it is not published", name)
+            return True
+        self._publish(name, group, len(new))
+        return True
+
+    def _replay(self, name: str, group: _Group, draw: int) -> np.ndarray:
+        options, spec = self._config.learner, self._student.bundle.manifest.input
+        nothing = np.zeros((0, *[length for length in spec.shape[1:] if isinstance(length, int)]), spec.dtype)
+        if not options.replay:
+            return nothing
+        seed = group.generation * options.rounds + draw
+        found = self._store.read(
+            lambda db: samples.replay(db, name, options.replay * 2, newest=10_000, seed=seed)
+        )
+        known = [each.sample.array() for each in found.samples if not held_out(each.sample.key)]
+        return np.stack(known[: options.replay]) if known else nothing
+
+    def _publish(self, name: str, group: _Group, count: int) -> None:
+        learner, layout = group.learner, self._student.bundle.manifest.theta
+        verdict = self._judge(group)
+        if not verdict.passed and verdict.reason != "few-samples":
+            group.refused += 1
+            scores = f"{verdict.score:.4f} after {verdict.head:.4f}"
+            self._note(name, f"the gate refused a patch: {verdict.reason}, {scores}")
+            if group.refused >= PATIENCE:
+                learner.start_from(group.head)
+                group.refused = 0
+                self._note(name, "the student goes on from the head")
+            return
+        group.refused = 0
+        epoch = self._identity.root.epoch
+        seq = self._store.read(lambda db: ledger.last_seq(db, name, epoch)) + 1
+        sealed, payload = make_patch(
+            learner.theta,
+            layout,
+            [self._identity.publisher],
+            bundle_digest=self._student.bundle.digest,
+            channel=name,
+            epoch=epoch,
+            seq=seq,
+            parent_digest=thetas.digest(layout, group.head),
+            samples=count,
+            issued_s=int(self._clock_s()),
+        )
+        state: PatchState = "built"
+        entry = Entry(group=name, epoch=epoch, seq=seq, state=state, reason="", created_ms=self._now_ms())
+        patch = Patch(
+            entry=entry,
+            body=sealed.body,
+            signatures=msgspec.msgpack.encode(sealed.signatures),
+            payload=payload,
+        )
+        self._store.call(ledger.append(patch))
+        group.head = np.array(learner.theta)
+        self._published(Published(name, patch))
+
+    def _judge(self, group: _Group) -> Verdict:
+        learner, options = group.learner, self._config.gate
+        if self._labelled is not None:
+            x, y = self._labelled
+            found = judge_labelled(
+                learner.predict(learner.theta, x), learner.predict(group.head, x), y, options
+            )
+            if not found.passed:
+                return found
+        if not group.held:
+            return Verdict(False, "few-samples", float("nan"), float("nan"), 0)
+        x = np.stack([each.sample.array() for each in group.held])
+        edges = [each.sample.edge for each in group.held]
+        return judge(
+            learner.predict(learner.theta, x),
+            learner.predict(group.head, x),
+            learner.teach(x),
+            edges,
+            options,
+        )
+
+    def _open(self, name: str) -> _Group:
+        learner = Learner(self._student, self._teacher, self._config.learner)
+        kept = self._store.read(lambda db: learners.load(db, name))
+        generation = self._store.read(lambda db: learners.generation(db, name))
+        if kept is not None:
+            try:
+                learner.restore(kept.snapshot)
+            except SnapshotUnreadable as error:
+                log.warning("group %s starts anew: %s", name, error)
+        head = np.array(self._student.bundle.theta0)
+        patch = self._store.read(lambda db: ledger.newest(db, name))
+        if patch is not None:
+            try:
+                head = np.array(self._theta(name, patch))
+            except TtaError as error:
+                log.warning(
+                    "the head of group %s is of another bundle, its source stands for it: %s", name, error
+                )
+        held = self._store.read(lambda db: _held(db, name))
+        return _Group(learner, generation, head, held=held)
+
+    def _theta(self, name: str, patch: Patch) -> Vector:
+        signatures = msgspec.msgpack.decode(patch.signatures, type=tuple[SignatureEntry, ...])
+        root = next(
+            (root for root, _ in reversed(self._identity.roots) if root.epoch == patch.entry.epoch),
+            self._identity.root,
+        )
+        trust = Trust(
+            root, self._student.bundle.digest, name, epoch=patch.entry.epoch, seq=patch.entry.seq - 1
+        )
+        bundle = self._student.bundle
+        verified = verify_patch(
+            Sealed(patch.body, signatures), patch.payload, trust, bundle.manifest.theta, bundle.theta0,
+            max_distance=float("inf"),
+        )  # fmt: skip
+        return verified.theta
+
+    def _note(self, group: str, text: str) -> None:
+        log.info("group %s: %s", group, text)
+
+    def _now_ms(self) -> int:
+        return int(self._clock_s() * 1000)
+
+
+def _held(db: sqlite3.Connection, group: str) -> list[Stored]:
+    """The newest held-out samples of a group, oldest first."""
+    found = samples.replay(db, group, 4096, newest=4096, seed=0)
+    held = sorted((each for each in found.samples if held_out(each.sample.key)), key=lambda each: each.number)
+    return held[-JUDGED:]

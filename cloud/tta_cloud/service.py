@@ -1,0 +1,615 @@
+"""The cloud service: sockets, and who does what. One thread owns all sockets; storing and learning have their own.
+
+The network thread never waits for either: what they have to say comes through a queue, and a byte on an in-process pair
+wakes the poller.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+
+from tta_cloud import control, edges, ledger, samples, zap
+from tta_cloud.config import Config
+from tta_cloud.errors import CannotServe, CloudError
+from tta_cloud.identity import Identity
+from tta_cloud.intake import refusals
+from tta_cloud.operations import Outcome
+from tta_cloud.records import Edge, Patch
+from tta_cloud.records import Sample as StoredSample
+from tta_cloud.rollout import Rollout, Stage, begin, progress, tick
+from tta_cloud.school import Published, School
+from tta_cloud.session import Arrived, CloudSession, Frames, Gone, SessionOptions
+from tta_cloud.store import Store, StoreEvent
+from tta_runtime import __version__
+from tta_runtime import sealed as seals
+from tta_runtime.errors import EngineError, InputError, TtaError
+from tta_runtime.link import (
+    Accepted,
+    Enroll,
+    Enrolled,
+    Fetch,
+    GetRoot,
+    HeadMessage,
+    Hello,
+    Noted,
+    PatchMessage,
+    Progress,
+    RootMessage,
+    Sample,
+    Welcome,
+)
+from tta_runtime.model import Engines, Model
+from tta_runtime.patch import body_sha256, make_head
+from tta_runtime.sealed import Sealed, SignatureEntry
+from tta_runtime.wire import declare
+
+log = logging.getLogger(__name__)
+
+EDGES, DOOR = "edges", "door"
+"""Domains of authentication: where enrolled edges talk, and where others enrol."""
+HWM = 64
+HANDSHAKE_MS = 5000
+LONGEST_WAIT_S = 5.0
+MAX_FRAME = 17 << 20
+SILENCE_S = 60.0
+
+
+class CloudServer:
+    """`tta-cloud serve`.
+
+    Args:
+        config: of the service.
+        identity: its keys.
+        student: graphs of the edges' bundle.
+        teacher: graphs of the teacher.
+        clock_s: seconds since 1970, for what is signed and stored.
+        labelled: x and y of an operator's hold-out.
+
+    Attributes:
+        endpoint: where edges connect; known once it runs.
+        door: where edges enrol; empty for none.
+        ready: set when it answers.
+        on_ready: called then.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        identity: Identity,
+        student: Engines,
+        teacher: Engines,
+        *,
+        clock_s: Callable[[], float] = time.time,
+        labelled: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        self.endpoint = self.door = ""
+        self.ready = threading.Event()
+        self.on_ready: Callable[[], None] = self.ready.set
+        self._config = config
+        self._identity = identity
+        self._student = student
+        self._clock_s = clock_s
+        self._source = Model(student, "distill")
+        options = SessionOptions(silence_s=SILENCE_S)
+        self._session = CloudSession(options)
+        self._door = CloudSession(options, door=True)
+        self._edges: dict[str, Edge] = {}
+        self._rollouts: dict[str, Rollout] = {}
+        self._newest: dict[str, Patch] = {}
+        self._heads_due_s = 0.0
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._context = zmq.Context()
+        self._wakes = self._context.socket(zmq.PAIR)
+        self._wakes.bind("inproc://wake")
+        self._waker = self._context.socket(zmq.PAIR)
+        self._waker.connect("inproc://wake")
+        self._wake_lock = threading.Lock()
+        self._store = Store(Path(config.store) / "data", self._told)
+        try:
+            self._load()
+            self._school = School(
+                config,
+                student,
+                teacher,
+                self._store,
+                identity,
+                self._learned,
+                clock_s=clock_s,
+                labelled=labelled,
+            )
+        except BaseException:
+            self._store.close()
+            raise
+
+    # ------------------------------------------------------------------------------------------ for others
+
+    def run(self) -> None:
+        """Serve until `stop`.
+
+        Raises:
+            CannotServe: an address cannot be bound.
+        """
+        try:
+            authority = self._context.socket(zmq.REP)
+            authority.bind(zap.ENDPOINT)
+            router, self.endpoint = self._bound(self._config.bind, EDGES)
+            sockets = {router: self._session}
+            if self._config.enroll_bind:
+                other, self.door = self._bound(self._config.enroll_bind, DOOR)
+                sockets[other] = self._door
+            self._school.start({edge.group for edge in self._edges.values()})
+            self.ready.set()
+            self.on_ready()
+            self._loop(authority, router, sockets)
+        finally:
+            self._school.close()
+            self._store.close()
+            self._context.destroy(linger=0)
+
+    def stop(self) -> None:
+        """End soon; for any thread and for signal handlers."""
+        self._stopping.set()
+        self._wake()
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def _loop(
+        self, authority: zmq.Socket[bytes], router: zmq.Socket[bytes], sockets: dict[Any, CloudSession]
+    ) -> None:
+        poller = zmq.Poller()
+        for socket in (authority, self._wakes, *sockets):
+            poller.register(socket, zmq.POLLIN)
+        while not self._stopping.is_set():
+            now_s = time.monotonic()
+            waits = [LONGEST_WAIT_S, self._heads_due_s - now_s]
+            waits += [each for each in (s.next_s(now_s) for s in sockets.values()) if each is not None]
+            ready = dict(poller.poll(int(max(0.0, min(waits)) * 1000) + 1))
+            if authority in ready:
+                authority.send_multipart(zap.answer(authority.recv_multipart(), self._allow))
+            if self._wakes in ready:
+                while self._wakes.poll(0):
+                    self._wakes.recv()
+            for socket, session in sockets.items():
+                if socket in ready:
+                    self._receive(socket, session)
+            self._out = router
+            self._run_calls(sockets)
+            self._tick(router, time.monotonic())
+
+    def _receive(self, socket: zmq.Socket[bytes], session: CloudSession) -> None:
+        for _ in range(HWM):
+            if not socket.poll(0):
+                return
+            peer, *frames = socket.recv_multipart(copy=False)
+            try:
+                user = str(frames[0].get("User-Id")) if frames else ""
+            except zmq.ZMQError:  # nobody whom the authority has let in
+                continue
+            buffers = [frame.buffer for frame in frames]
+            events, sends = session.receive(peer.bytes, user, buffers, time.monotonic())
+            self._send(socket, session, sends)
+            for event in events:
+                if isinstance(event, Arrived):
+                    self._answer(socket, session, event)
+                elif isinstance(event, Gone):
+                    log.info("edge %s has gone: %s", self._name(event.user), event.reason)
+                else:
+                    log.warning("refused a message of %s: %s", self._name(event.user), event.error)
+
+    def _send(self, socket: zmq.Socket[bytes], session: CloudSession, sends: list[Frames]) -> None:
+        for frames in sends:
+            try:
+                socket.send_multipart(frames, flags=zmq.DONTWAIT)
+            except zmq.ZMQError as error:  # gone, or does not read: it asks again when it is back
+                log.debug("cannot send: %s", error)
+                session.gone(bytes(frames[0]))
+
+    def _run_calls(self, sockets: dict[Any, CloudSession]) -> None:
+        while True:
+            try:
+                call = self._calls.get_nowait()
+            except queue.Empty:
+                return
+            call()
+
+    def _tick(self, router: zmq.Socket[bytes], now_s: float) -> None:
+        for gone in (*self._session.tick(now_s), *self._door.tick(now_s)):
+            log.info("edge %s has gone: %s", self._name(gone.user), gone.reason)
+        online = self._online()
+        for group, rollout in list(self._rollouts.items()):
+            after = tick(rollout, online.get(group, ()), now_s, self._config.rollout)
+            if after is not rollout:
+                self._advance(router, group, after)
+        if now_s >= self._heads_due_s:
+            self._heads_due_s = now_s + self._config.head_every_s
+            self._take_notes()
+            for group in online:
+                self._push_head(router, group)
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    def _answer(self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived) -> None:
+        message = arrived.message
+        try:
+            if isinstance(message, Hello):
+                self._hello(socket, session, arrived, message)
+            elif isinstance(message, Sample):
+                self._sample(socket, session, arrived, message)
+            elif isinstance(message, Fetch):
+                self._fetch(socket, session, arrived)
+            elif isinstance(message, Progress):
+                self._progress(socket, session, arrived, message)
+            elif isinstance(message, GetRoot):
+                self._get_root(socket, session, arrived, message)
+            elif isinstance(message, Enroll):
+                self._enroll(socket, session, arrived, message)
+        except TtaError as error:
+            self._send(socket, session, session.refuse(arrived, error))
+        except Exception as error:
+            log.exception("a defect while answering an edge")
+            internal = CloudError(f"the cloud failed with {type(error).__name__}", "See its log")
+            self._send(socket, session, session.refuse(arrived, internal))
+
+    def _hello(
+        self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: Hello
+    ) -> None:
+        edge = self._edge(arrived.user)
+        if message.bundle_digest != self._student.bundle.digest:
+            raise CannotServe(
+                f"the edge serves the bundle {message.bundle_digest[:12]}, the student is "
+                f"{self._student.bundle.digest[:12]}",
+                "Serve the very bundle that the cloud was started with",
+            )
+        welcome = Welcome(
+            id=message.id,
+            group=edge.group,
+            version=__version__,
+            root_version=self._identity.root.version,
+            max_open=session.options.max_open,
+            silence_s=session.options.silence_s,
+        )
+        self._send(socket, session, session.answer(arrived, welcome))
+        self._seen(edge, message.epoch, message.seq, message.theta_digest, "")
+        self._push_head(socket, edge.group, only=arrived.user)
+
+    def _sample(
+        self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: Sample
+    ) -> None:
+        edge, x = self._edge(arrived.user), np.array(arrived.tensors["x"])
+        reason = self._unwanted(x) if message.encoding == "raw" else "bad-encoding"
+        if reason:
+            self._store.submit(samples.refuse(edge.group, reason), lambda outcome: None)
+            reply = Accepted(id=message.id, key=message.key, stored=False, reason=reason)
+            self._send(socket, session, session.answer(arrived, reply))
+            return
+        stored = StoredSample(
+            key=message.key, edge=edge.key, group=edge.group, stream=message.stream, taken_ms=message.taken_ms,
+            seq=message.seq, entropy=message.entropy, encoding="raw", dtype=message.x.dtype,  # type: ignore[arg-type]
+            shape=tuple(message.x.shape), x=x.tobytes(),
+        )  # fmt: skip
+        most = self._config.intake.quota_per_minute
+        insert = samples.insert(
+            stored,
+            received_ms=self._now_ms(),
+            caps=samples.Caps(self._config.max_samples, self._config.max_sample_bytes),
+            quota=samples.Quota(most, 60_000) if most else None,
+        )
+
+        def done(outcome: Outcome[Any]) -> None:
+            """On the store's thread: it is durable, or has failed."""
+            self._later(lambda: self._stored(socket, session, arrived, message, edge.group, outcome))
+
+        self._store.submit(insert, done)
+
+    def _stored(
+        self,
+        socket: zmq.Socket[bytes],
+        session: CloudSession,
+        arrived: Arrived,
+        message: Sample,
+        group: str,
+        outcome: Outcome[Any],
+    ) -> None:
+        try:
+            found = outcome.get()
+        except TtaError as error:
+            self._send(socket, session, session.refuse(arrived, error))
+            return
+        stored = found in ("stored", "duplicate")
+        reply = Accepted(
+            id=message.id, key=message.key, stored=stored, reason="" if found == "stored" else str(found)
+        )
+        self._send(socket, session, session.answer(arrived, reply))
+        if found == "stored":
+            self._school.wake(group)
+
+    def _unwanted(self, x: np.ndarray) -> str:
+        """Why a sample is refused before it is stored; "" where it is taken."""
+        try:
+            logits = self._source.predict(x[None]).logits
+        except (InputError, EngineError):
+            return "bad-sample"
+        return refusals(logits, np.zeros((0, logits.shape[1]), np.float32), self._config.intake)[0]
+
+    def _fetch(self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived) -> None:
+        patch = self._for(self._edge(arrived.user))
+        if patch is None:
+            self._send(socket, session, session.answer(arrived, Noted(id=arrived.message.id)))
+            return
+        message, tensors = _patch_message(patch, arrived.message.id)
+        self._send(socket, session, session.answer(arrived, message, tensors))
+
+    def _progress(
+        self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: Progress
+    ) -> None:
+        edge = self._edge(arrived.user)
+        self._send(socket, session, session.answer(arrived, Noted(id=message.id)))
+        committed = message.state == "committed"
+        epoch, seq = (message.epoch, message.seq) if committed else (edge.epoch, edge.seq)
+        self._seen(
+            edge, epoch, seq, message.theta_digest, f"{message.state} {message.seq} {message.reason}".strip()
+        )
+        rollout = self._rollouts.get(edge.group)
+        if rollout is not None and rollout.seq == message.seq and message.reason != "newer":
+            after = progress(
+                rollout, edge.key, message.state, message.reason, time.monotonic(), self._config.rollout,
+                offered=len(self._online().get(edge.group, ())),
+            )  # fmt: skip
+            self._advance(socket, edge.group, after)
+
+    def _get_root(
+        self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: GetRoot
+    ) -> None:
+        self._edge(arrived.user)
+        found = next((s for root, s in self._identity.roots if root.version == message.version), None)
+        if found is None:
+            self._send(socket, session, session.answer(arrived, Noted(id=message.id)))
+            return
+        sealed = _bytes(seals.encode(found))
+        reply = RootMessage(id=message.id, sealed=declare(sealed))
+        self._send(socket, session, session.answer(arrived, reply, {"sealed": sealed}))
+
+    def _enroll(
+        self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: Enroll
+    ) -> None:
+        def done(outcome: Outcome[Edge]) -> None:
+            self._later(lambda: self._enrolled(socket, session, arrived, message, outcome))
+
+        self._store.submit(edges.enrol(message.token, arrived.user, now_ms=self._now_ms()), done)
+
+    def _enrolled(
+        self,
+        socket: zmq.Socket[bytes],
+        session: CloudSession,
+        arrived: Arrived,
+        message: Enroll,
+        outcome: Outcome[Edge],
+    ) -> None:
+        try:
+            edge = outcome.get()
+        except TtaError as error:
+            log.warning("an enrolment as `%s` is refused: %s", message.name, error)
+            self._send(socket, session, session.refuse(arrived, error))
+            return
+        self._edges[edge.key] = edge
+        log.info("edge `%s` is enrolled in group `%s`", edge.name, edge.group)
+        sealed = _bytes(seals.encode(self._identity.roots[-1][1]))
+        reply = Enrolled(id=message.id, group=edge.group, endpoint=self.endpoint, sealed=declare(sealed))
+        self._send(socket, session, session.answer(arrived, reply, {"sealed": sealed}))
+
+    # ------------------------------------------------------------------------------------------ patches
+
+    def _learned(self, published: Published) -> None:
+        """On the school's thread."""
+        self._later(lambda: self._begin(published))
+
+    def _begin(self, published: Published) -> None:
+        group, patch = published.group, published.patch
+        online = self._online().get(group, ())
+        rollout = begin(patch.entry.seq, online, time.monotonic(), self._config.rollout)
+        before = self._rollouts.get(group)
+        self._newest_before(group, before)
+        self._newest[group] = patch
+        log.info("group %s: patch %d, %s", group, patch.entry.seq, rollout.stage.value)
+        self._advance(self._out, group, rollout)
+
+    def _newest_before(self, group: str, before: Rollout | None) -> None:
+        """What the group has while the new one is with canaries."""
+        if before is not None and before.stage is Stage.GROUP and group in self._newest:
+            self._served[group] = self._newest[group]
+
+    def _advance(self, socket: zmq.Socket[bytes], group: str, rollout: Rollout) -> None:
+        before = self._rollouts.get(group)
+        self._rollouts[group] = rollout
+        patch = self._newest[group]
+        entry = patch.entry
+        state = {Stage.CANARY: "canary", Stage.GROUP: "published", Stage.STOPPED: "stopped"}[rollout.stage]
+        fresh = before is None or before.seq != rollout.seq
+        if fresh or (before is not None and before.stage is not rollout.stage):
+            why = "; ".join(f"{self._name(edge)}: {reason}" for edge, reason in rollout.bad.items())[:200]
+            self._store.submit(ledger.move(group, entry.epoch, entry.seq, state, why), self._moved)  # type: ignore[arg-type]
+            if rollout.stage is Stage.STOPPED:
+                log.warning("group %s: patch %d is stopped: %s", group, entry.seq, why)
+            self._push_head(socket, group)
+
+    def _moved(self, outcome: Outcome[Any]) -> None:
+        try:
+            outcome.get()
+        except TtaError as error:
+            log.warning("the ledger does not follow: %s", error)
+
+    def _for(self, edge: Edge) -> Patch | None:
+        """The patch that an edge may have now."""
+        rollout = self._rollouts.get(edge.group)
+        if rollout is not None and rollout.may_have(edge.key):
+            return self._newest[edge.group]
+        return self._served.get(edge.group)
+
+    def _push_head(self, socket: zmq.Socket[bytes], group: str, *, only: str = "") -> None:
+        """Tell edges what is the newest patch for them; canaries may have a newer one than the others."""
+        by_patch: dict[int, tuple[Patch | None, list[str]]] = {}
+        for user in [only] if only else self._online().get(group, []):
+            patch = self._for(self._edges[user])
+            seq = 0 if patch is None else patch.entry.seq
+            by_patch.setdefault(seq, (patch, []))[1].append(user)
+        epoch = self._identity.root.epoch
+        for seq, (patch, users) in by_patch.items():
+            current = patch is not None and patch.entry.epoch == epoch
+            head = make_head(
+                [self._identity.publisher],
+                channel=group,
+                epoch=epoch,
+                seq=seq if current else 0,
+                newest=body_sha256(Sealed(patch.body, ())) if patch is not None and current else "",
+                issued_s=int(self._clock_s()),
+            )
+            sealed = _bytes(seals.encode(head))
+            message = HeadMessage(sealed=declare(sealed))
+            self._send(socket, self._session, self._session.push(users, message, {"sealed": sealed}))
+
+    # ------------------------------------------------------------------------------------------ edges
+
+    def _take_notes(self) -> None:
+        """Do what commands have asked for since."""
+        for path, note in control.notes(Path(self._config.store)):
+            try:
+                if isinstance(note, control.LetEnrol):
+                    self._store.call(
+                        edges.admit(note.hash, note.name, note.group, expires_ms=note.expires_ms)
+                    )
+                elif isinstance(note, control.ShutOut):
+                    self._store.call(edges.revoke(note.key))
+                    for gone in self._session.revoke(note.key):
+                        log.warning("edge %s is shut out", self._name(gone.user))
+            except TtaError as error:
+                log.warning("a command is not carried out: %s", error)
+            path.unlink(missing_ok=True)
+            self._refresh()
+
+    def _allow(self, domain: str, key: str) -> str:
+        if domain == DOOR:
+            self._take_notes()
+            return ""  # a token decides
+        found = self._edges.get(key)
+        if found is None or found.state != "active":
+            # It may have been enrolled, or let in again, by a command since.
+            self._refresh()
+            found = self._edges.get(key)
+        if found is None:
+            return "the key is not enrolled"
+        return "" if found.state == "active" else f"the key is {found.state}"
+
+    def _edge(self, key: str) -> Edge:
+        found = self._edges.get(key)
+        if found is None or found.state != "active":
+            raise CannotServe("the key is not enrolled, or no longer", "Enrol with a new token")
+        return found
+
+    def _name(self, key: str) -> str:
+        found = self._edges.get(key)
+        return f"`{found.name}`" if found is not None else f"with key {key[:8]}.."
+
+    def _online(self) -> dict[str, list[str]]:
+        """Keys of the edges at hand, by group."""
+        found: dict[str, list[str]] = {}
+        for key in self._session.online:
+            if key in self._edges:
+                found.setdefault(self._edges[key].group, []).append(key)
+        return found
+
+    def _seen(self, edge: Edge, epoch: int, seq: int, digest: str, what: str) -> None:
+        self._edges[edge.key] = msgspec.structs.replace(
+            edge, epoch=epoch, seq=seq, progress=what or edge.progress
+        )
+        self._store.submit(
+            edges.report(
+                edge.key,
+                epoch=epoch,
+                seq=seq,
+                theta_digest=digest,
+                progress=what or edge.progress,
+                now_ms=self._now_ms(),
+            ),
+            self._moved,
+        )
+
+    def _refresh(self) -> None:
+        self._edges = {edge.key: edge for edge in self._store.read(edges.listed)}
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _load(self) -> None:
+        """What was durable when the service ended."""
+        self._served: dict[str, Patch] = {}
+        self._refresh()
+        for group in {edge.group for edge in self._edges.values()}:
+            self._recall(group)
+
+    def _recall(self, group: str) -> None:
+        patch = self._store.read(lambda db: ledger.newest(db, group))
+        if patch is not None:
+            self._served[group] = patch
+
+    def _told(self, event: StoreEvent) -> None:
+        log.error("store: %s (%s): %s", event.action, event.reason, event.detail)
+
+    def _later(self, call: Callable[[], None]) -> None:
+        """Have the network thread do something; for any thread."""
+        self._calls.put(call)
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._wake_lock:
+            try:
+                self._waker.send(b"", flags=zmq.DONTWAIT)
+            except zmq.ZMQError:  # it has been woken often enough, or has ended
+                return
+
+    def _bound(self, endpoint: str, domain: str) -> tuple[zmq.Socket[bytes], str]:
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, HWM)
+        socket.setsockopt(zmq.RCVHWM, HWM)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME if domain == EDGES else 64 << 10)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self._identity.curve_secret.encode())
+        socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise CannotServe(
+                f"cannot bind {endpoint}: {error.strerror}", "Choose an address of this machine that is free"
+            ) from error
+        return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _now_ms(self) -> int:
+        return int(self._clock_s() * 1000)
+
+
+def _bytes(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def _patch_message(patch: Patch, request_id: int | None) -> tuple[PatchMessage, dict[str, np.ndarray]]:
+    signatures = msgspec.msgpack.decode(patch.signatures, type=tuple[SignatureEntry, ...])
+    sealed = _bytes(seals.encode(Sealed(patch.body, signatures)))
+    payload = _bytes(patch.payload)
+    tensors = {"sealed": sealed, "payload": payload}
+    return PatchMessage(id=request_id, sealed=declare(sealed), payload=declare(payload)), tensors
