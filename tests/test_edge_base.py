@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,14 +21,18 @@ from running import running
 from tta_edge.adapt import STANDARD, Guards, Stream
 from tta_edge.base import Base, BaseStore, own
 from tta_edge.client import Client
+from tta_edge.enrol import Link
 from tta_edge.errors import ModeRefused
 from tta_edge.events import Event, Reason
 from tta_edge.hosting import Host
 from tta_edge.probation import MARGIN, Probation
 from tta_edge.teaching import DECAY, WATCHED, Bases, Progress
+from tta_runtime import sealed
 from tta_runtime.bundle import Bundle
 from tta_runtime.errors import StateError, StateUnwritable
 from tta_runtime.model import Engines, Model
+from tta_runtime.root import Root, make_root, named
+from tta_runtime.signing import SecretKey
 
 EXAMPLES = int(os.environ.get("TTA_EXAMPLES", "200"))
 X, Y = tiny_bundle.samples(64, seed=3)
@@ -437,6 +443,25 @@ def test_no_patch_is_the_bundles_own_theta(bundle: Bundle) -> None:
 # --- in the daemon --------------------------------------------------------------------------------
 
 
+def enrolled(state_dir: Path) -> str:
+    """A state directory whose edge is known to a cloud that does not run."""
+    directory = state_dir / "cloud"
+    directory.mkdir(parents=True)
+    public, secret = zmq.curve_keypair()
+    key = SecretKey.generate()
+    keys = named([key.public])
+    root = Root(
+        version=1, epoch=1, root_keys=keys, root_threshold=1, publisher_keys=keys, publisher_threshold=1,
+        not_after_s=2**40,
+    )  # fmt: skip
+    (directory / "1.root").write_bytes(sealed.encode(make_root(root, [key])))
+    (directory / "edge.key").write_bytes(secret)
+    (directory / "edge.key").chmod(0o600)
+    link = Link(endpoint="tcp://127.0.0.1:1", server_key=public.decode(), group="yard", name="camera")
+    (directory / "link.json").write_bytes(msgspec.json.encode(link))
+    return str(state_dir)
+
+
 @pytest.fixture
 def path(bundle: Bundle) -> Path:
     return bundle.path
@@ -445,7 +470,7 @@ def path(bundle: Bundle) -> Path:
 def test_the_daemon_takes_a_base_between_two_requests_and_serves_it_after_a_restart(
     path: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    options = {"mode": "cloud", "method": "source", "state_dir": str(tmp_path / "state")}
+    options = {"mode": "cloud", "method": "source", "state_dir": enrolled(tmp_path / "state")}
     with running(path, **options) as server, Client(server.endpoint) as client:
         progress: list[Progress] = []
         client.predict(SHIFTED)
@@ -460,10 +485,17 @@ def test_the_daemon_takes_a_base_between_two_requests_and_serves_it_after_a_rest
         assert client.status().bundles[0].base == "1.7"
 
 
-def test_mode_cloud_refuses_a_method_that_learns(path: Path) -> None:
-    with pytest.raises(ModeRefused, match="mode = both"), running(path, mode="cloud", method="tent"):
+def test_mode_cloud_refuses_a_method_that_learns(path: Path, tmp_path: Path) -> None:
+    first, second = enrolled(tmp_path / "a"), enrolled(tmp_path / "b")
+    with (
+        pytest.raises(ModeRefused, match="mode = both"),
+        running(path, mode="cloud", method="tent", state_dir=first),
+    ):
         pass
-    with running(path, mode="both", method="tent"), running(path, mode="cloud", method="source"):
+    with (
+        running(path, mode="both", method="tent", state_dir=first),
+        running(path, mode="cloud", method="source", state_dir=second),
+    ):
         pass
 
 

@@ -22,8 +22,8 @@ from tta_edge.settings import settings
 
 X = np.zeros((16, 8), np.float32)
 COMMANDS = [
-    "serve", "status", "streams", "top", "adapt", "reset", "rollback", "reload", "events", "doctor", "stream",
-    "evaluate", "demo", "config",
+    "serve", "status", "streams", "top", "adapt", "reset", "rollback", "reload", "events", "enroll", "doctor",
+    "stream", "evaluate", "demo", "config",
 ]  # fmt: skip
 CONFIG_COMMANDS = ["show", "check"]
 

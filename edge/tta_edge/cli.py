@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from tta_edge import exit_codes
+from tta_edge.commands_cloud import enroll
 from tta_edge.commands_config import config
 from tta_edge.commands_doctor import doctor
 from tta_edge.commands_operate import adapt, events, reload, reset, rollback, status, streams, top
@@ -102,7 +103,7 @@ def _announce(ready: Path | None, form: str) -> Callable[[str], None]:
 
 
 OPERATE: tuple[Callable[..., None], ...] = (
-    status, streams, top, adapt, reset, rollback, reload, events, doctor,
+    status, streams, top, adapt, reset, rollback, reload, events, enroll, doctor,
 )  # fmt: skip
 MEASURE: tuple[Callable[..., None], ...] = (stream, evaluate, demo)
 

@@ -71,6 +71,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     method that learns nothing by gradient (auto, norm, source). `both`: patches, and any method. `off`: nobody."""
     probation_samples: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Samples answered while a new base is judged in shadow, before it serves; each costs one more forward pass."""
+    upload: Literal["off", "budgeted", "cema", "released", "random", "all"] = "off"
+    """Which answered samples go to the cloud, in the modes `cloud` and `both`. `budgeted`: about `upload_share` of each
+    stream, whatever its answers are like; `cema` and `released`: thresholds on their entropy, as published."""
+    upload_share: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    """Share of each stream that `budgeted` and `random` send."""
+    upload_samples_per_minute: Annotated[int, Meta(ge=0)] = 0
+    """Most samples sent in a minute, over all streams; 0 for no limit."""
+    upload_bytes_per_minute: Annotated[int, Meta(ge=0)] = 0
+    """Most bytes sent in a minute; 0 for no limit."""
     adapt: bool = True
     """Whether streams adapt at all; `false` serves what is there. `tta-edge adapt` switches while running."""
     policy: Literal["inline", "always", "every", "budget"] = "inline"

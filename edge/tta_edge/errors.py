@@ -142,3 +142,21 @@ class RemoteError(ClientError):
     """The daemon answered with an error whose code this version does not know."""
 
     code = "remote"
+
+
+class NotEnrolled(StartError):
+    """The mode needs a cloud, and this edge is not known to any."""
+
+    code = "not-enrolled"
+
+
+class EnrolmentRefused(StartError):
+    """The cloud does not take the token, or this state directory is enrolled already."""
+
+    code = "enrolment-refused"
+
+
+class CloudUnreachable(StartError):
+    """Nobody answers at the cloud's door."""
+
+    code = "cloud-unreachable"

@@ -85,7 +85,8 @@ class Event:
     Attributes:
         bundle: name of the bundle; empty for the whole daemon.
         stream: id of the stream; empty for the whole bundle or daemon.
-        action: `skip` (answered, not adapted on), `refuse` (step not committed), `reset`, `rollback`, `suspend`,
+        action: `skip` (answered, not adapted on; or a patch that a newer one overtook), `refuse` (step not
+            committed), `reset`, `rollback`, `suspend`,
             `quarantine` (a state file was set aside), `restore`, `evict`, `forget`, `wake` (auto steps often again),
             `hold` and `release` (auto lets the source serve, or no longer), `stage` (a base is on probation), `commit`
             (a base serves), `switch`, `reload` or `disk`.
@@ -103,7 +104,7 @@ class Event:
 Tell = Callable[[Event], None]
 """Somebody who wants to know of events."""
 
-_QUIET = ("skip", "evict", "restore", "wake", "hold", "release")
+_QUIET = ("skip", "evict", "restore", "wake", "hold", "release", "stage", "commit")
 """Actions of everyday life: counted, but not worth a warning; `skip` may come with every request."""
 
 

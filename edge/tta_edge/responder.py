@@ -20,24 +20,29 @@ from tta_edge.adapt import Answer, Guards, Keeper, Stream
 from tta_edge.auto import Auto
 from tta_edge.base import Base
 from tta_edge.batching import Call, Mergeable
+from tta_edge.cloud import CloudLink
 from tta_edge.config import BundleConfig, Config
-from tta_edge.errors import Internal, ReloadUnderWay, UnknownBundle
+from tta_edge.enrol import Enrolment
+from tta_edge.enrol import load as load_enrolment
+from tta_edge.errors import Internal, NotEnrolled, ReloadUnderWay, UnknownBundle
 from tta_edge.events import Event, EventLog, Reason
 from tta_edge.gallery import Shelf
 from tta_edge.hosting import Host, load, load_all, wanted
 from tta_edge.policy import Policy
 from tta_edge.registry import Registry
 from tta_edge.saver import Saver
+from tta_edge.sending import Sender
 from tta_edge.session import Arrived, error_reply
 from tta_edge.stats import Figures, Stats
 from tta_edge.stepper import Stepper
 from tta_edge.store import StateStore
-from tta_edge.teaching import Bases, Report, check_mode
+from tta_edge.teaching import TAUGHT, Bases, Report, check_mode
 from tta_edge.wire import (
     Adapt,
     AdaptDone,
     AutoStatus,
     BundleStatus,
+    CloudInfo,
     Events,
     EventsReply,
     Info,
@@ -131,6 +136,10 @@ class Responder:
         self.events = EventLog(stats, self._keep_line)
         self._hosts = load_all(config)
         self._default = next(iter(self._hosts))
+        # Before the state directory is taken: what is refused here leaves nothing behind.
+        for host in self._hosts.values():
+            check_mode(config.mode, host)
+        enrolment = _enrolment(config) if config.mode in TAUGHT else None
         if config.state_dir is not None:
             self._store = StateStore(
                 Path(config.state_dir),
@@ -167,8 +176,16 @@ class Responder:
             disk=disk,
         )
         for host in self._hosts.values():
-            check_mode(config.mode, host)
             self._bases.open(host)
+        self._cloud = None if enrolment is None else self._linked(config, enrolment)
+        self._sender = Sender(
+            "off" if self._cloud is None else config.upload,
+            share=config.upload_share,
+            samples_per_minute=config.upload_samples_per_minute,
+            bytes_per_minute=config.upload_bytes_per_minute,
+            send=lambda uploads: None if self._cloud is None else self._cloud.send(uploads),
+            seed=config.seed,
+        )
         self._reloading: set[str] = set()
         self._registry.restore_all(self._hosts)
         for stream in self._registry.all():
@@ -176,6 +193,8 @@ class Responder:
         if not self._registry.all():
             self._registry.admit(self._registry.get(self._hosts[self._default], DEFAULT_STREAM))
         self._stepper.start()
+        if self._cloud is not None:
+            self._cloud.start()
 
     # ------------------------------------------------------------------------------------------ answering
 
@@ -257,6 +276,8 @@ class Responder:
         if answer.reason is Reason.COLLAPSE:
             self._bases.collapsed(host, f"stream `{stream.name}` collapsed")
         self._bases.answered(host, stream, x, answer.logits)
+        if host.name == self._default:
+            self._sender.answered(stream.name, x, answer.logits, self._bases.base(host.name))
         self._registry.admit(stream)  # only now: a refused first request leaves no stream behind
         collected = adapt and stream.adapts and (windowed or not inline)
         if collected and not inline:
@@ -332,6 +353,18 @@ class Responder:
         return self._saver is not None and self._saver.settle(stream)
 
     # ------------------------------------------------------------------------------------------ bases
+
+    def _linked(self, config: Config, enrolment: Enrolment) -> CloudLink:
+        """The link to the cloud, for the first bundle."""
+        host = self._hosts[self._default]
+        return CloudLink(
+            enrolment,
+            host.engines.bundle,
+            config.mode,
+            lambda: self._bases.base(host.name),
+            lambda epoch, seq, theta, report: self.offer_base(host.name, epoch, seq, theta, report),
+            max_distance=config.max_distance,
+        )
 
     def offer_base(self, bundle: str, epoch: int, seq: int, theta: Vector, report: Report) -> None:
         """Take a verified theta on probation; for any thread. It is done between two requests.
@@ -461,6 +494,24 @@ class Responder:
             latency_ms=figures.latency(),
             rss_bytes=resident_bytes(),
             disk_error="" if self._saver is None else self._saver.error,
+            cloud=None if self._cloud is None else self._cloud_info(self._cloud),
+        )
+
+    def _cloud_info(self, link: CloudLink) -> CloudInfo:
+        now, sender = link.status, self._sender
+        return CloudInfo(
+            phase=now.phase,
+            group=now.group,
+            problem=now.problem,
+            stale=now.stale,
+            head=f"{now.epoch}.{now.seq}" if now.epoch else "",
+            seen=sender.seen,
+            chosen=sender.chosen,
+            sent=now.sent,
+            refused=now.refused,
+            dropped=now.dropped,
+            waiting=now.waiting,
+            patches_refused=now.patches_refused,
         )
 
     def _bundle_status(self, host: Host) -> BundleStatus:
@@ -504,6 +555,8 @@ class Responder:
 
     def close(self) -> None:
         """Finish a step that is under way, save every stream, let the state directory go."""
+        if self._cloud is not None:
+            self._cloud.close()
         self._stepper.close(CLOSE_S)
         self._registry.save_all()
         if self._saver is not None:
@@ -591,3 +644,17 @@ def _auto_status(auto: Auto) -> AutoStatus:
         correlated=auto.prior.correlated,
         evidence=auto.prior.evidence,
     )
+
+
+def _enrolment(config: Config) -> Enrolment:
+    """What this edge is known by.
+
+    Raises:
+        NotEnrolled: the state directory holds no enrolment, or there is none.
+    """
+    if config.state_dir is None:
+        raise NotEnrolled(
+            f"mode `{config.mode}` needs the enrolment of a state directory, and none is set",
+            "Set `state_dir` to the directory that `tta-edge enroll` was given",
+        )
+    return load_enrolment(Path(config.state_dir))

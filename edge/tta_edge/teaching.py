@@ -184,7 +184,7 @@ class Bases:
             old = taught.candidate
             probation = old.probation
             self._refuse(
-                host.name, *old.base.order, Reason.NEWER, f"{epoch}.{seq} takes its place", old.report
+                host.name, *old.base.order, Reason.NEWER, f"{epoch}.{seq} takes its place", old.report, "skip"
             )
         taught.candidate = _Candidate(Base(epoch, seq, theta, epoch, seq), probation, report)
         self._say(host.name, "stage", Reason.PATCH, f"{epoch}.{seq}, theta {_digest(host, theta)[:12]}")
@@ -274,8 +274,17 @@ class Bases:
             return False
         return True
 
-    def _refuse(self, name: str, epoch: int, seq: int, reason: Reason, detail: str, report: Report) -> None:
-        self._say(name, "refuse", reason, f"patch {epoch}.{seq}: {detail}")
+    def _refuse(
+        self,
+        name: str,
+        epoch: int,
+        seq: int,
+        reason: Reason,
+        detail: str,
+        report: Report,
+        action: str = "refuse",
+    ) -> None:
+        self._say(name, action, reason, f"patch {epoch}.{seq}: {detail}")
         taught = self._taught[name]
         digest = _digest(taught.host, taught.base.theta)
         report(Progress(epoch, seq, "refused", reason.value, detail, digest))

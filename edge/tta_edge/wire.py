@@ -250,6 +250,33 @@ class Requests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Error code -> how often."""
 
 
+class CloudInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The link to the cloud."""
+
+    phase: str
+    """`online`, or how far it is."""
+    group: str
+    problem: str
+    """Why there is no link; empty where there is one."""
+    stale: bool
+    """Whether no good head has come for ten minutes."""
+    head: str
+    """Epoch and number of the newest patch that the cloud tells of; empty before the first head."""
+    seen: int
+    """Samples that the filter has looked at."""
+    chosen: int
+    """Of them, those that were to be sent."""
+    sent: int
+    """Of those, acknowledged."""
+    refused: int
+    """Of those, not wanted by the cloud."""
+    dropped: int
+    """Dropped because too many waited."""
+    waiting: int
+    patches_refused: int
+    """Patches, heads and roots that did not pass verification."""
+
+
 class StatusReply(Message, frozen=True, kw_only=True, tag="status-reply"):
     """Answer to `status`."""
 
@@ -271,6 +298,8 @@ class StatusReply(Message, frozen=True, kw_only=True, tag="status-reply"):
     """Resident memory of the daemon."""
     disk_error: str = ""
     """Why the last write to the state directory failed; empty when it succeeded."""
+    cloud: CloudInfo | None = None
+    """None in the modes without a cloud."""
 
 
 class ResetDone(Message, frozen=True, kw_only=True, tag="reset-done"):

@@ -1,0 +1,388 @@
+"""The thread that talks to the cloud: samples out, patches in. Serving goes on whatever happens here.
+
+The protocol is `Uplink`'s, which knows no sockets; this is its socket, its clock, and what stands between a patch that
+came and a base that is offered: verification against the root that this edge trusts.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import zmq
+import zmq.utils.monitor
+
+from tta_edge import uplink
+from tta_edge.base import Base
+from tta_edge.enrol import Enrolment
+from tta_edge.teaching import Mode, Progress
+from tta_edge.uplink import Uplink, UplinkOptions, Upload
+from tta_runtime import __version__
+from tta_runtime import sealed as seals
+from tta_runtime import theta as thetas
+from tta_runtime.bundle import Bundle
+from tta_runtime.errors import PatchError, TtaError
+from tta_runtime.link import Hello
+from tta_runtime.patch import Head, Patch, Trust, verify_body, verify_head, verify_patch
+from tta_runtime.theta import Vector
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 1024
+"""Samples that wait in memory; beyond it the oldest are dropped."""
+STALE_S = 600.0
+"""Without a good head for so long the cloud is called stale, whatever the clock says."""
+HWM = 64
+LONGEST_WAIT_S = 1.0
+
+Offer = Callable[[int, int, Vector, Callable[[Progress], None]], None]
+
+
+@dataclass(frozen=True)
+class CloudStatus:
+    """How the link is.
+
+    Attributes:
+        phase: `waiting`, `connecting`, `greeting`, `online` or `closed`.
+        group: of this edge.
+        problem: why there is no link; empty where there is one.
+        stale: whether no good head has come for too long.
+        epoch: of the newest head.
+        seq: of the newest head.
+        sent: samples that the cloud has acknowledged.
+        refused: of them, those that it did not want.
+        dropped: samples that were dropped because too many waited.
+        waiting: samples that wait.
+        patches_refused: patches and heads that did not pass verification.
+    """
+
+    phase: str
+    group: str
+    problem: str
+    stale: bool
+    epoch: int
+    seq: int
+    sent: int
+    refused: int
+    dropped: int
+    waiting: int
+    patches_refused: int
+
+
+class CloudLink:
+    """One edge's link, in a thread of its own. `send`, `status` and `close` are for any thread.
+
+    Args:
+        enrolment: keys and roots.
+        bundle: that is served.
+        mode: of the daemon.
+        base: gives the committed base.
+        offer: takes a verified theta.
+        max_distance: radius of the ball around the source.
+        options: of the protocol.
+    """
+
+    def __init__(
+        self,
+        enrolment: Enrolment,
+        bundle: Bundle,
+        mode: Mode,
+        base: Callable[[], Base],
+        offer: Offer,
+        *,
+        max_distance: float,
+        options: UplinkOptions | None = None,
+    ) -> None:
+        self._enrolment = enrolment
+        self._bundle = bundle
+        self._mode: Mode = mode
+        self._base = base
+        self._offer = offer
+        self._max_distance = max_distance
+        self._head: Head | None = None
+        self._head_at_s = time.monotonic()
+        self._problem = "not connected yet"
+        self._waiting: deque[Upload] = deque()
+        self._sent = self._refused = self._dropped = self._bad = 0
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self._context = zmq.Context()
+        self._wakes = self._context.socket(zmq.PAIR)
+        self._wakes.bind("inproc://wake")
+        self._waker = self._context.socket(zmq.PAIR)
+        self._waker.connect("inproc://wake")
+        self._lock = threading.Lock()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        now_s = time.monotonic()
+        self._uplink = Uplink(self._hello(), random.random, options, now_s=now_s)
+        self._uplink.have(*base().seen)
+        self._uplink.have_root(enrolment.root.version)
+        self._thread = threading.Thread(target=self._work, name="tta-cloud-link", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def send(self, uploads: list[Upload]) -> None:
+        """Take samples for sending; where too many wait the oldest go."""
+        with self._lock:
+            self._waiting.extend(uploads)
+            while len(self._waiting) > MAX_WAITING:
+                self._waiting.popleft()
+                self._dropped += 1
+        self._wake()
+
+    def close(self) -> None:
+        """End it."""
+        self._ending.set()
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._context.destroy(linger=0)
+
+    @property
+    def status(self) -> CloudStatus:
+        """How it is now."""
+        head = self._head
+        with self._lock:
+            waiting, dropped = len(self._waiting), self._dropped
+        return CloudStatus(
+            self._uplink.phase.name.lower(),
+            self._enrolment.link.group,
+            self._problem,
+            time.monotonic() - self._head_at_s > STALE_S,
+            0 if head is None else head.epoch,
+            0 if head is None else head.seq,
+            self._sent,
+            self._refused,
+            dropped,
+            waiting,
+            self._bad,
+        )
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def _work(self) -> None:
+        try:
+            while not self._ending.is_set():
+                try:
+                    self._turn()
+                except TtaError as error:
+                    log.warning("the link to the cloud: %s", error)
+                except zmq.ZMQError as error:
+                    log.warning("the link to the cloud: %s", error)
+                    self._do(self._uplink.disconnected(time.monotonic(), str(error)))
+        except Exception:
+            log.exception("a defect in the link to the cloud; serving goes on without it")
+        finally:
+            self._disconnect()
+
+    def _turn(self) -> None:
+        now_s = time.monotonic()
+        self._hand_over()
+        events, sends = self._uplink.tick(now_s)
+        self._do(events)
+        self._send(sends)
+        wait_s = min(LONGEST_WAIT_S, self._uplink.next_s(now_s) or 0.0)
+        poller = zmq.Poller()
+        for socket in (self._wakes, self._socket, self._monitor):
+            if socket is not None:
+                poller.register(socket, zmq.POLLIN)
+        ready = dict(poller.poll(int(wait_s * 1000) + 1))
+        if self._wakes in ready:
+            while self._wakes.poll(0):
+                self._wakes.recv()
+        while not self._calls.empty():
+            self._calls.get()()
+        if self._monitor is not None and self._monitor in ready:
+            self._watch(self._monitor)
+        if self._socket is not None and self._socket in ready:
+            for _ in range(HWM):
+                if not self._socket.poll(0):
+                    break
+                frames = self._socket.recv_multipart(copy=False)
+                events, sends = self._uplink.receive([frame.buffer for frame in frames], time.monotonic())
+                self._send(sends)
+                self._do(events)
+                if self._uplink.phase in (uplink.Phase.WAITING, uplink.Phase.CLOSED):
+                    return  # the socket is closed
+
+    def _hand_over(self) -> None:
+        """Give the protocol as many samples as it has room for."""
+        while self._uplink.room:
+            with self._lock:
+                if not self._waiting:
+                    return
+                upload = self._waiting.popleft()
+            try:
+                self._uplink.offer(upload)
+            except TtaError as error:
+                log.warning("a sample cannot be sent: %s", error)
+
+    def _send(self, sends: list[uplink.Frames]) -> None:
+        if self._socket is None:
+            return
+        for frames in sends:
+            try:
+                self._socket.send_multipart(frames, flags=zmq.DONTWAIT)
+            except zmq.Again:  # it is sent again when its answer does not come
+                log.debug("the line to the cloud is full")
+
+    # ------------------------------------------------------------------------------------------ events
+
+    def _do(self, events: list[uplink.Event]) -> None:
+        for event in events:
+            if isinstance(event, uplink.Connect):
+                self._connect()
+            elif isinstance(event, uplink.Online):
+                self._problem = ""
+                self._uplink.newest_root(event.welcome.root_version)
+                log.info("the cloud is there, group `%s`", event.welcome.group)
+            elif isinstance(event, uplink.Lost):
+                self._problem = f"{event.code}: {event.cause}"
+                self._disconnect()
+                log.warning("the cloud is not there (%s): %s", event.code, event.cause)
+            elif isinstance(event, uplink.Acknowledged):
+                self._sent += 1
+                self._refused += not event.stored
+            elif isinstance(event, uplink.HeadCame):
+                self._checked(lambda sealed=event.sealed: self._take_head(sealed))  # type: ignore[misc]
+            elif isinstance(event, uplink.PatchCame):
+                self._checked(lambda came=event: self._take_patch(came.sealed, came.payload))  # type: ignore[misc]
+            elif isinstance(event, uplink.RootCame):
+                self._checked(lambda sealed=event.sealed: self._take_root(sealed))  # type: ignore[misc]
+            elif isinstance(event, uplink.GivenUp):
+                log.warning("given up: %s (%s): %s", event.what, event.code, event.cause)
+            else:
+                log.warning("the cloud sent something else: %s", event.error)
+
+    def _checked(self, take: Callable[[], None]) -> None:
+        """Whatever is wrong with what came, nothing has changed."""
+        try:
+            take()
+        except PatchError as error:
+            self._bad += 1
+            log.warning("refused (%s): %s", error.code, error)
+        except TtaError as error:
+            log.warning("the link to the cloud: %s", error)
+
+    def _take_head(self, sealed: bytes) -> None:
+        self._head = verify_head(seals.decode(sealed), self._trust(), self._head, now_s=time.time())
+        self._head_at_s = time.monotonic()
+        self._uplink.newest(self._head.epoch, self._head.seq)
+
+    def _take_patch(self, data: bytes, payload: memoryview) -> None:
+        sealed, trust, manifest = seals.decode(data), self._trust(), self._bundle.manifest
+        body: Patch | None = None
+        try:
+            body = verify_body(sealed, trust)
+            found = verify_patch(
+                sealed, payload, trust, manifest.theta, self._bundle.theta0, max_distance=self._max_distance
+            )
+        except PatchError as error:
+            if body is not None:  # it is the publisher's own word; it would be no better the next time
+                self._uplink.have(body.epoch, body.seq)
+                self._report(
+                    Progress(body.epoch, body.seq, "refused", error.code, error.cause, self._digest())
+                )
+            raise
+        self._uplink.have(found.patch.epoch, found.patch.seq)
+        self._offer(found.patch.epoch, found.patch.seq, found.theta, self._report_later)
+
+    def _take_root(self, data: bytes) -> None:
+        self._enrolment = self._enrolment.follow(seals.decode(data), time.time())
+        self._uplink.have_root(self._enrolment.root.version)
+        if self._head is not None and self._head.epoch != self._enrolment.root.epoch:
+            self._head = None
+        log.warning("root %d is trusted from now on", self._enrolment.root.version)
+
+    def _report_later(self, progress: Progress) -> None:
+        """On the answering thread."""
+        self._calls.put(lambda: self._report(progress))
+        self._wake()
+
+    def _report(self, progress: Progress) -> None:
+        self._uplink.report(
+            progress.epoch, progress.seq, progress.state, theta_digest=progress.theta_digest,
+            reason=progress.reason, detail=progress.detail,
+        )  # fmt: skip
+        self._uplink.present(self._hello())
+
+    # ------------------------------------------------------------------------------------------ sockets
+
+    def _connect(self) -> None:
+        self._disconnect()
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, HWM)
+        socket.setsockopt(zmq.RCVHWM, HWM)
+        socket.setsockopt(zmq.MAXMSGSIZE, 17 << 20)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)  # when to connect again is the protocol's to say
+        socket.setsockopt(zmq.CURVE_SERVERKEY, self._enrolment.link.server_key.encode())
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, self._enrolment.public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self._enrolment.secret)
+        self._monitor = socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_CLOSED
+            | zmq.EVENT_DISCONNECTED
+        )
+        socket.connect(self._enrolment.link.endpoint)
+        self._socket = socket
+
+    def _watch(self, monitor: zmq.Socket[bytes]) -> None:
+        event = zmq.utils.monitor.recv_monitor_message(monitor)["event"]
+        now_s = time.monotonic()
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._uplink.connected(now_s)
+            return
+        causes: dict[int, str] = {
+            zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the cloud does not let this edge's key in: it is revoked or unknown",
+            zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "what answers is no cloud, or has another key",
+            zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed: a cloud with another key, or none",
+        }
+        self._do(self._uplink.disconnected(now_s, causes.get(int(event), "the connection broke")))
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._socket.disable_monitor()
+            if self._monitor is not None:
+                self._monitor.close(linger=0)
+            self._socket.close(linger=0)
+        self._socket = self._monitor = None
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _trust(self) -> Trust:
+        seen = self._base().seen
+        trust = Trust(self._enrolment.root, self._bundle.digest, self._enrolment.link.group)
+        return replace(trust, epoch=seen[0], seq=seen[1])
+
+    def _hello(self) -> Hello:
+        base = self._base()
+        return Hello(
+            id=0, version=__version__, bundle_digest=self._bundle.digest, mode=self._mode, epoch=base.epoch,
+            seq=base.seq, theta_digest=self._digest(),
+        )  # fmt: skip
+
+    def _digest(self) -> str:
+        return thetas.digest(self._bundle.manifest.theta, np.asarray(self._base().theta))
+
+    def _wake(self) -> None:
+        with self._lock:
+            try:
+                self._waker.send(b"", flags=zmq.DONTWAIT)
+            except zmq.ZMQError:  # it has been woken often enough, or has ended
+                return

@@ -1,0 +1,108 @@
+"""Which answered samples go to the cloud: a filter for each stream, a limit for all. For the answering thread."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tta_edge.base import Base
+from tta_edge.uplink import Upload
+from tta_edge.upload import FILTERS, Filter, RateLimit
+from tta_runtime.numerics import entropy
+
+Upload_ = Literal["off", "budgeted", "cema", "released", "random", "all"]
+KNOWN_STREAMS = 4096
+"""Streams whose filter is remembered; beyond it the one that was not heard of for the longest begins anew."""
+
+
+class Sender:
+    """Chooses samples and hands them on.
+
+    Args:
+        kind: of the filter; `off` sends nothing.
+        share: of a stream that may be sent.
+        samples_per_minute: of the daemon; 0: no limit.
+        bytes_per_minute: likewise.
+        send: takes what was chosen.
+        seed: of what is left to chance.
+
+    Attributes:
+        reasons: how often a sample was not sent, and why.
+        chosen: how many were sent.
+        seen: how many were looked at.
+    """
+
+    def __init__(
+        self,
+        kind: Upload_,
+        *,
+        share: float,
+        samples_per_minute: int,
+        bytes_per_minute: int,
+        send: Callable[[list[Upload]], None],
+        seed: int,
+    ) -> None:
+        self._kind: Upload_ = kind
+        self._share = share
+        self._send = send
+        self._draw = np.random.default_rng(seed)
+        self._limit = RateLimit(samples_per_minute, bytes_per_minute)
+        self._filters: OrderedDict[str, Filter] = OrderedDict()
+        self._nonce = os.urandom(16)
+        self._number = 0
+        self.reasons: Counter[str] = Counter()
+        self.chosen = 0
+        self.seen = 0
+
+    def answered(self, stream: str, x: NDArray[Any], logits: NDArray[np.float32], base: Base) -> None:
+        """Look at samples that were answered.
+
+        Args:
+            stream: that answered.
+            x: [batch, ...] as the model takes it.
+            logits: [batch, C].
+            base: that the answers rest on.
+        """
+        if self._kind == "off":
+            return
+        filter_ = self._filters.pop(stream, None) or FILTERS[self._kind](self._share)
+        choice, self._filters[stream] = filter_.choose(logits, self._draw.random(len(logits)))
+        while len(self._filters) > KNOWN_STREAMS:
+            self._filters.popitem(last=False)
+        self.seen += len(logits)
+        self.reasons.update(reason for reason in choice.reasons if reason)
+        h, uploads = entropy(logits), []
+        for i in np.flatnonzero(choice.keep):
+            allowed, self._limit = self._limit.take(x[i].nbytes, time.monotonic())
+            if not allowed:
+                self.reasons["rate"] += 1
+                continue
+            sample = np.ascontiguousarray(x[i])
+            uploads.append(
+                Upload(
+                    self._key(sample),
+                    stream,
+                    int(time.time() * 1000),
+                    base.epoch,
+                    base.seq,
+                    float(h[i]),
+                    sample,
+                )
+            )
+        self.chosen += len(uploads)
+        if uploads:
+            self._send(uploads)
+
+    def _key(self, sample: NDArray[Any]) -> str:
+        """Names this sample for ever, and no other: its content, this process and its number."""
+        self._number += 1
+        digest = hashlib.sha256(self._nonce + self._number.to_bytes(8, "little"))
+        digest.update(sample.data)
+        return digest.hexdigest()[:32]

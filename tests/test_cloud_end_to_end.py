@@ -1,0 +1,299 @@
+"""An edge and the cloud over real sockets: enrolled, taught, shut out; and what neither takes from a stranger."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+import exported
+from networks import SIZE
+from running import PATIENCE_S, process_environment, running
+from serving import until
+from tta_cloud import control, identity, ledger
+from tta_cloud.config import Config
+from tta_cloud.control import LetEnrol, ShutOut
+from tta_cloud.learner import LearnerOptions
+from tta_cloud.reading import fleet, read
+from tta_cloud.service import CloudServer
+from tta_cloud.start import start
+from tta_edge.client import Client
+from tta_edge.enrol import enrol, load
+from tta_edge.errors import CloudUnreachable, EnrolmentRefused, NotEnrolled
+from tta_runtime.enrolment import Ticket, encode_ticket
+from tta_runtime.link import Hello, Ping, encode_message
+
+METHODS = ("source", "distill")
+FAR_MS = 2**52
+
+
+def images(seed: int, n: int = 16) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).random((n, 3, SIZE, SIZE), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Path:
+    return exported.built("resnet", METHODS).path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    identity.create(tmp_path / "cloud")
+    return tmp_path / "cloud"
+
+
+@contextmanager
+def serving(store: Path, bundle: Path, **settings: Any) -> Iterator[CloudServer]:
+    """The cloud on free ports in a thread of this process."""
+    options: dict[str, Any] = {
+        "student": str(bundle), "teacher": str(bundle), "store": str(store), "bind": "tcp://127.0.0.1:0",
+        "enroll_bind": "tcp://127.0.0.1:0", "head_every_s": 0.2, "learner": LearnerOptions(new=8, replay=8, rounds=1),
+    }  # fmt: skip
+    server = start(Config(**{**options, **settings}))
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.run()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            failures.append(error)
+            server.ready.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert server.ready.wait(PATIENCE_S)
+    try:
+        if failures:
+            raise failures[0]
+        yield server
+    finally:
+        server.stop()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive(), "the cloud does not stop"
+
+
+def ticket(
+    server: CloudServer, store: Path, name: str = "camera", group: str = "yard", expires_ms: int = FAR_MS
+) -> str:
+    secret = f"{name}-secret-of-some-length"
+    control.leave(store, LetEnrol(control.hash_of(secret), name, group, expires_ms))
+    key = identity.load(store).curve_public
+    return encode_ticket(Ticket(door=server.door, server_key=key, secret=secret, name=name))
+
+
+# --- enrolment ------------------------------------------------------------------------------------
+
+
+def test_a_ticket_lets_one_edge_in_once(store: Path, bundle: Path, tmp_path: Path) -> None:
+    with serving(store, bundle) as server:
+        token = ticket(server, store)
+        made = enrol(token, tmp_path / "a")
+        assert (made.link.name, made.link.group, made.root.version) == ("camera", "yard", 1)
+        assert made.link.endpoint == server.endpoint
+        assert load(tmp_path / "a").public == made.public
+        with pytest.raises(EnrolmentRefused, match="enrolled already"):
+            enrol(token, tmp_path / "a")
+        with pytest.raises(EnrolmentRefused, match="another edge"):
+            enrol(token, tmp_path / "b")
+    for path in (tmp_path / "a" / "cloud").iterdir():
+        assert path.stat().st_mode & 0o077 == 0
+    assert [(row["name"], row["state"]) for row in fleet(store)] == [("camera", "active")]
+    assert not list((store / "control").glob("*.note"))
+
+
+def test_a_token_that_was_never_issued_or_is_too_old_is_refused(
+    store: Path, bundle: Path, tmp_path: Path
+) -> None:
+    with serving(store, bundle) as server:
+        key = identity.load(store).curve_public
+        never = encode_ticket(Ticket(door=server.door, server_key=key, secret="x" * 20, name="camera"))
+        with pytest.raises(EnrolmentRefused, match="no such token"):
+            enrol(never, tmp_path / "a")
+        with pytest.raises(EnrolmentRefused, match="was good until"):
+            enrol(ticket(server, store, expires_ms=1), tmp_path / "a")
+        enrol(ticket(server, store, name="other"), tmp_path / "a")  # the directory is none the worse
+
+
+def test_an_edge_does_not_talk_to_a_cloud_with_another_key(store: Path, bundle: Path, tmp_path: Path) -> None:
+    with serving(store, bundle) as server:
+        key = zmq.curve_keypair()[0].decode()
+        wrong = encode_ticket(Ticket(door=server.door, server_key=key, secret="x" * 20, name="camera"))
+        with pytest.raises(CloudUnreachable, match="another key stays silent"):
+            enrol(wrong, tmp_path / "a", wait_s=0.5)
+
+
+def test_without_an_enrolment_the_modes_that_need_one_do_not_start(bundle: Path, tmp_path: Path) -> None:
+    for state_dir in (None, str(tmp_path)):
+        with pytest.raises(NotEnrolled), running(bundle, mode="cloud", method="source", state_dir=state_dir):
+            pass
+
+
+# --- teaching -------------------------------------------------------------------------------------
+
+
+def test_an_edge_sends_samples_is_taught_and_keeps_what_it_learned(
+    store: Path, bundle: Path, tmp_path: Path
+) -> None:
+    options = {"mode": "cloud", "method": "source", "state_dir": str(tmp_path / "a"), "probation_samples": 16}
+    with serving(store, bundle) as server:
+        enrol(ticket(server, store), tmp_path / "a")
+        with running(bundle, upload="all", **options) as daemon, Client(daemon.endpoint) as client:
+            first = client.predict(images(99)).logits
+            seeds = iter(range(10_000))
+
+            def base() -> str:
+                client.predict(images(next(seeds)))
+                return client.status().bundles[0].base
+
+            taught = until(base)
+            found = client.status().cloud
+            assert found is not None
+            assert (found.phase, found.group, found.problem, found.stale) == ("online", "yard", "", False)
+            assert found.sent > 0
+            assert found.patches_refused == 0
+            until(lambda: client.status().cloud.sent == client.status().cloud.chosen)  # type: ignore[union-attr]
+            second = client.predict(images(99)).logits
+            assert not np.array_equal(first, second)
+        log = read(store, lambda db: ledger.entries(db, "yard"))
+        assert {entry.state for entry in log} <= {"published", "built"}
+        (row,) = fleet(store)
+        assert row["seq"] >= 1
+    # The cloud has gone: the edge starts, and serves what it was taught.
+    with running(bundle, **options) as daemon, Client(daemon.endpoint) as client:
+        assert client.status().bundles[0].base >= taught
+        served = client.predict(images(99)).logits
+        assert not np.array_equal(first, served)
+
+
+def test_upload_is_off_unless_it_is_asked_for(store: Path, bundle: Path, tmp_path: Path) -> None:
+    options = {"mode": "cloud", "method": "source", "state_dir": str(tmp_path / "a")}
+    with serving(store, bundle) as server:
+        enrol(ticket(server, store), tmp_path / "a")
+        with running(bundle, **options) as daemon, Client(daemon.endpoint) as client:
+            until(lambda: client.status().cloud, lambda found: found is not None and found.phase == "online")
+            for seed in range(5):
+                client.predict(images(seed))
+            found = client.status().cloud
+            assert found is not None
+            assert (found.seen, found.chosen, found.sent) == (0, 0, 0)
+        assert read(store, lambda db: db.execute("SELECT count(*) FROM samples").fetchone()[0]) == 0
+
+
+def test_a_restarted_cloud_goes_on_where_it_was(store: Path, bundle: Path, tmp_path: Path) -> None:
+    options = {"mode": "cloud", "method": "source", "state_dir": str(tmp_path / "a"), "probation_samples": 16}
+    with serving(store, bundle) as server:
+        enrol(ticket(server, store), tmp_path / "a")
+        port = server.endpoint
+    with running(bundle, upload="all", **options) as daemon, Client(daemon.endpoint) as client:
+        seeds = iter(range(10_000))
+
+        def seq() -> int:
+            client.predict(images(next(seeds)))
+            base = client.status().bundles[0].base
+            return int(base.split(".")[1]) if base else 0
+
+        with serving(store, bundle, bind=port):
+            before = until(seq)
+        with serving(store, bundle, bind=port):
+            until(seq, lambda found: found > before)
+
+
+def test_an_edge_that_is_shut_out_is_not_let_in_again(store: Path, bundle: Path, tmp_path: Path) -> None:
+    options = {"mode": "cloud", "method": "source", "state_dir": str(tmp_path / "a")}
+    with serving(store, bundle) as server:
+        made = enrol(ticket(server, store), tmp_path / "a")
+        with running(bundle, **options) as daemon, Client(daemon.endpoint) as client:
+
+            def phase() -> str:
+                found = client.status().cloud
+                return "" if found is None else f"{found.phase} {found.problem}"
+
+            until(phase, lambda found: found.startswith("online"))
+            control.leave(store, ShutOut(made.public.decode()))
+            until(phase, lambda found: "revoked or unknown" in found or "not enrolled" in found)
+            client.predict(images(1))  # serving goes on
+    assert [row["state"] for row in fleet(store)] == ["revoked"]
+
+
+def test_a_stranger_is_not_heard(store: Path, bundle: Path) -> None:
+    """NULL, and a key that nobody knows: neither gets an answer, and a known edge does."""
+    hello = encode_message(
+        Hello(
+            id=1, version="0", bundle_digest="ab" * 32, mode="cloud", epoch=0, seq=0, theta_digest="ab" * 32
+        )
+    )
+    with serving(store, bundle) as server:
+        context = zmq.Context()
+        key = identity.load(store).curve_public.encode()
+        for keys in (None, zmq.curve_keypair()):
+            socket = context.socket(zmq.DEALER)
+            socket.setsockopt(zmq.LINGER, 0)
+            if keys is not None:
+                socket.setsockopt(zmq.CURVE_SERVERKEY, key)
+                socket.setsockopt(zmq.CURVE_PUBLICKEY, keys[0])
+                socket.setsockopt(zmq.CURVE_SECRETKEY, keys[1])
+            socket.connect(server.endpoint)
+            socket.send_multipart(hello)
+            assert not socket.poll(300)
+            socket.close(linger=0)
+        # At the door everybody is heard, and nothing but enrolment is answered.
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        public, secret = zmq.curve_keypair()
+        socket.setsockopt(zmq.CURVE_SERVERKEY, key)
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+        socket.connect(server.door)
+        socket.send_multipart(encode_message(Ping(id=1)))
+        assert socket.poll(5000)
+        assert b"not-greeted" in socket.recv_multipart()[1]
+        socket.close(linger=0)
+        context.term()
+
+
+def test_the_commands_of_the_page_make_a_fleet(bundle: Path, tmp_path: Path) -> None:
+    """Keys, service, token, edge: as processes, with the words of the documents."""
+    store, state = tmp_path / "cloud", tmp_path / "edge"
+    environment = process_environment()
+
+    def cloud(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "tta_cloud", *words, "--store", str(store)], env=environment, capture_output=True,
+            text=True, timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    cloud("keys", "init")
+    service = subprocess.Popen(
+        [sys.executable, "-m", "tta_cloud", "serve", "--student", str(bundle), "--teacher", str(bundle), "--store",
+         str(store), "--bind", "tcp://127.0.0.1:0", "--enroll-bind", "tcp://127.0.0.1:0"],
+        env=environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert service.stderr is not None
+        ready = next(line for line in service.stderr if line.startswith("ready "))
+        door = ready.split()[2]
+        token = json.loads(cloud("enroll", "camera-3", "--group", "yard", "--door", door, "--json"))["token"]
+        made = subprocess.run(
+            [sys.executable, "-m", "tta_edge", "enroll", token, "--state-dir", str(state), "--json"], env=environment,
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+        assert json.loads(made.stdout)["group"] == "yard"
+        (row,) = json.loads(cloud("fleet", "--json"))
+        assert (row["name"], row["group"], row["state"], row["seq"]) == ("camera-3", "yard", "active", 0)
+        assert json.loads(cloud("keys", "list", "--json"))[0]["name"] == "camera-3"
+        assert json.loads(cloud("patches", "log", "yard", "--json")) == []
+    finally:
+        service.terminate()
+        assert service.wait(PATIENCE_S) == 0
