@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,12 +22,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from exported import built
 from exported import options as build_options
-from networks import CLASSES, NETWORKS, SIZE
+from networks import CLASSES, SIZE
 from tta_cloud.errors import SnapshotUnreadable, TeacherUnfit
 from tta_cloud.learner import METHOD, Learner, LearnerOptions, Round, check_fit
-from tta_exporters.build import InputOptions, build
+from tta_exporters.build import Built, InputOptions, build
 from tta_exporters.preprocess import Preprocess
 from tta_runtime import Model, errors
 from tta_runtime.engine import EngineOptions
@@ -36,9 +37,9 @@ EXAMPLES = int(os.environ.get("TTA_EXAMPLES", "200"))
 many = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-METHODS = ("source", METHOD)
+METHODS = (METHOD,)
 ONE_THREAD = EngineOptions(threads=1)
-OPTIONS = LearnerOptions(student_lr=0.02, teacher_lr=0.05)
+OPTIONS = LearnerOptions(student_lr=0.1, teacher_lr=0.2)
 
 
 def images(seed: int, count: int = 8) -> np.ndarray:
@@ -47,6 +48,37 @@ def images(seed: int, count: int = 8) -> np.ndarray:
 
 def replays(seed: int, rounds: int = 3, count: int = 12) -> list[np.ndarray]:
     return [images(1000 + 10 * seed + i, count) for i in range(rounds)]
+
+
+def convolutions(*widths: int) -> nn.Module:
+    """A few convolutions with BatchNorms away from their initial values: small, because each is compiled."""
+    torch.manual_seed(len(widths) + widths[0])
+    layers: list[nn.Module] = []
+    for before, width in zip((3, *widths), widths, strict=False):
+        norm = nn.BatchNorm2d(width)
+        norm.weight.data, norm.bias.data = 0.5 + torch.rand(width), 0.2 * torch.randn(width)
+        norm.running_mean, norm.running_var = 0.2 * torch.randn(width), 0.5 + torch.rand(width)
+        layers += [nn.Conv2d(before, width, 3, 2, 1, bias=False), norm, nn.ReLU()]
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], CLASSES)
+    ).eval()
+
+
+NETWORKS = {
+    "student": lambda: convolutions(6),
+    "teacher": lambda: convolutions(8, 10),
+    "stranger": lambda: convolutions(7),
+}
+
+
+@functools.cache
+def _directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="tta-test-learner-")
+
+
+@functools.cache
+def made(name: str) -> Built:
+    return build(NETWORKS[name](), build_options(name, (METHOD,)), Path(_directory().name) / name)
 
 
 @dataclass(frozen=True)
@@ -58,13 +90,13 @@ class Pair:
         return Learner(self.student, self.teacher, replace(OPTIONS, **options))
 
 
-def loaded(name: str, methods: tuple[str, ...] = METHODS) -> Engines:
-    return Engines.load(built(name, methods).path, options=ONE_THREAD)
+def loaded(name: str) -> Engines:
+    return Engines.load(made(name).path, methods=[METHOD], options=ONE_THREAD)
 
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    return Pair(loaded("mobilenet"), loaded("resnet"))
+    return Pair(loaded("student"), loaded("teacher"))
 
 
 def facts(learner: Learner) -> tuple[object, ...]:
@@ -112,7 +144,7 @@ class Eager:
     """A network in float64 with torch's optimiser."""
 
     def __init__(self, name: str, lr: float) -> None:
-        self.adapter = built(name, METHODS).adapter
+        self.adapter = made(name).adapter
         self.network = copy.deepcopy(NETWORKS[name]()).double().eval().requires_grad_(False)
         for parent in list(self.network.modules()):
             for child, module in list(parent.named_children()):
@@ -182,7 +214,7 @@ def reference_round(
 def off_by(pair: Pair, options: LearnerOptions, **more: Any) -> tuple[float, float, list[Any]]:
     """Largest errors of the student's and the teacher's theta in units of how far each has moved; the rounds."""
     learner = Learner(pair.student, pair.teacher, options)
-    student, teacher = Eager("mobilenet", options.student_lr), Eager("resnet", options.teacher_lr)
+    student, teacher = Eager("student", options.student_lr), Eager("teacher", options.teacher_lr)
     start = student.theta(), teacher.theta()
     figures = []
     for seed in range(3):
@@ -196,9 +228,15 @@ def off_by(pair: Pair, options: LearnerOptions, **more: Any) -> tuple[float, flo
         (learner._student, student, start[0]),
         (learner._teacher, teacher, start[1]),
     ):
-        moved = np.abs(theirs.theta() - before).max()
-        both.append(float(np.abs(mine.theta - theirs.theta()).max()) / max(float(moved), 1e-4))
-    assert np.abs(student.theta() - start[0])[: learner._student.manifest.theta.trained].max() > 0.01
+        error, moved = np.abs(mine.theta - theirs.theta()), np.abs(theirs.theta() - before)
+        t = mine.manifest.theta.trained
+        both.append(
+            max(
+                float(error[part].max() / max(moved[part].max(), 1e-4)) for part in (slice(t), slice(t, None))
+            )
+        )
+    t = student.adapter.trained
+    assert np.abs(student.theta() - start[0])[:t].max() > 0.01, "far above rounding"
     return both[0], both[1], figures
 
 
@@ -213,8 +251,8 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_rounds_beside_the_reference(pair: Pair, name: str) -> None:
     student, teacher, figures = off_by(pair, VARIANTS[name])
-    assert student < 2e-3
-    assert teacher < 2e-3
+    assert student < 5e-4
+    assert teacher < 5e-4
     for found, (loss, divergence, agreement) in figures:
         assert found.loss == pytest.approx(loss, rel=1e-3)
         assert found.divergence == pytest.approx(divergence, rel=2e-3)
@@ -226,7 +264,7 @@ def test_rounds_beside_the_reference(pair: Pair, name: str) -> None:
 def test_the_comparison_objects_to_another_round(pair: Pair, mistake: str) -> None:
     """The companion: the test above must be able to fail."""
     student, teacher, _ = off_by(pair, OPTIONS, mistake=mistake)
-    assert max(student, teacher) > 2e-2
+    assert max(student, teacher) > 5e-3
 
 
 # --- a shifted toy problem ----------------------------------------------------------------------------
@@ -237,8 +275,8 @@ def toy(seed: int, count: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarr
     rng = np.random.default_rng(seed)
     templates = np.random.default_rng(5).random((CLASSES, 3, SIZE, SIZE))
     y = rng.integers(0, CLASSES, count)
-    x = templates[y] + rng.normal(0, 1.0, (count, 3, SIZE, SIZE))
-    return ((1 - 0.6 * shift) * x + 0.8 * shift).astype(np.float32), y
+    x = templates[y] + rng.normal(0, 2.0, (count, 3, SIZE, SIZE))
+    return ((1 - 0.7 * shift) * x + 1.5 * shift).astype(np.float32), y
 
 
 def trained(width: int, seed: int, shifts: tuple[float, ...]) -> nn.Module:
@@ -330,7 +368,7 @@ def test_each_step_takes_its_own_draw(pair: Pair) -> None:
 def test_a_prediction_is_that_of_an_edge_and_changes_nothing(pair: Pair) -> None:
     learner = pair.learner()
     learner.learn(images(0), replays(0))
-    edge = Model(pair.student, "source")
+    edge = Model(pair.student, METHOD)
     with unchanged(learner):
         for theta in (edge.theta0, learner.theta, (edge.theta0 + learner.theta) / 2):
             edge.swap(theta)
@@ -427,8 +465,8 @@ def faulty(fault: Callable[[int, str, dict[str, Any]], None]) -> tuple[Learner, 
         return Faulty(OrtEngine(bundle, graph, options), calls, at)
 
     engines = [
-        Engines.load(built(name, METHODS).path, methods=[METHOD], options=ONE_THREAD, loader=loader)
-        for name in ("mobilenet", "resnet")
+        Engines.load(made(name).path, methods=[METHOD], options=ONE_THREAD, loader=loader)
+        for name in ("student", "teacher")
     ]
     return Learner(*engines, OPTIONS), calls
 
@@ -489,9 +527,8 @@ def test_what_is_not_finite_anywhere_refuses_the_round_as_a_whole(pair: Pair) ->
     assert facts(learner) == facts(twin)
 
 
-@pytest.mark.parametrize("who", ["student_lr", "teacher_lr"])
-def test_a_rate_that_bursts_is_refused_in_earnest(pair: Pair, who: str) -> None:
-    learner = pair.learner(**{who: 1e38})
+def test_a_rate_that_bursts_is_refused_in_earnest(pair: Pair) -> None:
+    learner = pair.learner(teacher_lr=1e38)
     with unchanged(learner):
         assert learner.learn(images(0), replays(0)).refused
 
@@ -546,7 +583,7 @@ def refuses(learner: Learner, data: bytes) -> None:
 def test_a_snapshot_of_other_bundles_is_refused(pair: Pair, grown: Learner) -> None:
     turned = Pair(pair.teacher, pair.student).learner()
     refuses(turned, grown.snapshot())
-    group = loaded("group_norm")
+    group = loaded("stranger")
     for strangers in (Pair(group, pair.teacher), Pair(pair.student, group)):
         refuses(strangers.learner(), grown.snapshot())
         refuses(grown, strangers.learner().snapshot())

@@ -66,7 +66,7 @@ def open_teacher(
         BundleError, EngineError: the bundle cannot be used.
         TeacherRefused: it is neither a bundle with `distill` nor a network that can be compiled.
     """
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         bundle = Bundle.open(source)
         if METHOD not in bundle.manifest.methods:
             raise TeacherRefused(
