@@ -39,7 +39,7 @@ class Verdict:
         reason: "" or why not: `few-samples`, `non-finite`, `lost`, `lost-labelled`.
         score: of the candidate; NaN where it could not be told.
         head: of what is published now.
-        samples: that were held out.
+        samples: that were held out and say something.
     """
 
     passed: bool
@@ -58,26 +58,49 @@ def held_out(key: str) -> bool:
     return int(key[-4:], 16) % HOLD_OUT == 0
 
 
+def answered(logits: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """[n], whether logits [n, C] are all finite."""
+    return np.asarray(np.isfinite(logits).all(axis=1))
+
+
 def scores(logits: NDArray[np.float32], target: NDArray[np.float32]) -> NDArray[np.float64]:
     """[n], the probability that a student gives to the teacher's class; less ragged than whether both agree.
 
     Args:
-        logits: [n, C] of the student.
-        target: [n, C] of the teacher.
+        logits: [n, C] of the student; what is not finite is no answer, and scores 0.
+        target: [n, C] of the teacher, finite.
     """
-    return np.asarray(softmax(logits.astype(np.float64))[np.arange(len(logits)), target.argmax(axis=1)])
+    answers = answered(logits)
+    found = np.zeros(len(logits))
+    rows = softmax(logits[answers].astype(np.float64)) if answers.any() else logits[answers]
+    found[answers] = rows[np.arange(len(rows)), target[answers].argmax(axis=1)]
+    return found
+
+
+def trimmed(count: int, trim: float) -> int:
+    """How many of so many values do not count at each end, one at least where there are five.
+
+    Args:
+        count: of the values, >= 1.
+        trim: share at each end, below 0.5.
+    """
+    return min(max(math.floor(trim * count), 1 if count >= 5 else 0), (count - 1) // 2)
 
 
 def trimmed_mean(values: NDArray[np.float64], trim: float) -> float:
-    """Mean without the lowest and the highest share of the values, one at each end at least where there are five.
+    """Mean without the lowest and the highest share of the values; see `trimmed`.
 
     Args:
         values: [n], n >= 1.
         trim: share at each end, below 0.5.
     """
-    cut = max(math.floor(trim * len(values)), 1 if len(values) >= 5 else 0)
-    cut = min(cut, (len(values) - 1) // 2)
-    return float(np.sort(values)[cut : len(values) - cut].mean())
+    cut = trimmed(len(values), trim)
+    return _mean(np.sort(values)[cut : len(values) - cut])
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Mean of [n]; summed without rounding, so that the order of samples cannot turn a verdict."""
+    return math.fsum(values) / len(values)
 
 
 def gain(
@@ -96,7 +119,7 @@ def gain(
     """
     senders = np.array(edges)
     each = np.array(
-        [(candidate - head)[senders == edge].mean() for edge in dict.fromkeys(edges)], dtype=np.float64
+        [_mean((candidate - head)[senders == edge]) for edge in dict.fromkeys(edges)], dtype=np.float64
     )
     return trimmed_mean(each, trim)
 
@@ -117,14 +140,22 @@ def judge(
         edges: [n], who sent each sample.
         options: see :class:`GateOptions`.
     """
-    n = len(edges)
-    if n < options.min_samples:
-        return Verdict(False, "few-samples", math.nan, math.nan, n)
-    if not np.isfinite(candidate).all() or not np.isfinite(target).all():
+    # Sensors and liars send values on which any network overflows: where neither student or no teacher has an
+    # answer, a sample says nothing of the candidate.
+    able = answered(candidate)
+    kept = answered(target) & (able | answered(head))
+    n, senders = int(kept.sum()), [edge for edge, keep in zip(edges, kept, strict=True) if keep]
+    if n == 0 < len(edges):
         return Verdict(False, "non-finite", math.nan, math.nan, n)
-    mine, before = scores(candidate, target), scores(head, target)
-    lost = gain(mine, before, edges, options.trim) < -options.tolerance
-    return Verdict(not lost, "lost" if lost else "", float(mine.mean()), float(before.mean()), n)
+    if n < max(options.min_samples, 1):
+        return Verdict(False, "few-samples", math.nan, math.nan, n)
+    # So few may be hostile that the gain is told without them; from more the candidate would take the answer away.
+    silenced = {edge for edge, answers in zip(senders, able[kept], strict=True) if not answers}
+    if len(silenced) > trimmed(len(set(senders)), options.trim):
+        return Verdict(False, "non-finite", math.nan, math.nan, n)
+    mine, before = scores(candidate[kept], target[kept]), scores(head[kept], target[kept])
+    lost = gain(mine, before, senders, options.trim) < -options.tolerance
+    return Verdict(not lost, "lost" if lost else "", _mean(mine), _mean(before), n)
 
 
 def judge_labelled(
@@ -141,9 +172,11 @@ def judge_labelled(
         labels: [n].
         options: see :class:`GateOptions`.
     """
+    if not len(labels):
+        return Verdict(False, "few-samples", math.nan, math.nan, 0)
     if not np.isfinite(candidate).all():
         return Verdict(False, "non-finite", math.nan, math.nan, len(labels))
     mine = float((candidate.argmax(axis=1) == labels).mean())
-    before = float((head.argmax(axis=1) == labels).mean())
+    before = float((answered(head) & (head.argmax(axis=1) == labels)).mean())
     lost = mine < before - options.tolerance
     return Verdict(not lost, "lost-labelled" if lost else "", mine, before, len(labels))

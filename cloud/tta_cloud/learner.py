@@ -10,9 +10,10 @@ Distillation, ICLR 2024, algorithm 2.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 
 from tta_cloud.errors import SnapshotUnreadable, TeacherUnfit
 from tta_runtime.arrays import is_finite
-from tta_runtime.errors import StateError
-from tta_runtime.model import Engines, Model
+from tta_runtime.errors import EmptyBatch, StateError
+from tta_runtime.files import reason
+from tta_runtime.model import Checkpoint, Engines, Model, Step
 from tta_runtime.theta import Vector
 
 METHOD = "distill"
@@ -63,11 +65,12 @@ class Round:
     """What one round did.
 
     Attributes:
-        samples: new ones that were learned from.
+        samples: new ones that it was given.
         loss: of the student's last step.
         divergence: mean KL of teacher and student on it, in nats.
         agreement: share of it on which both named the same class before the step.
-        refused: whether a step would have made something non-finite, and everything is as it was.
+        refused: whether a step would have made something non-finite, and everything is as it was; the other figures
+            are NaN then.
     """
 
     samples: int
@@ -82,7 +85,12 @@ class _Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     student: bytes
     teacher: bytes
-    rounds: int
+    rounds: Annotated[int, msgspec.Meta(ge=0)]
+
+
+_SNAPSHOT = b"tta-learner-1\n"
+"""What a snapshot's checksum begins with: another format is no snapshot at all."""
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 class Learner:
@@ -152,15 +160,24 @@ class Learner:
 
         Args:
             new: [n, ...], samples that were not learned from before; at least what a step takes.
-            replays: one draw of remembered samples [m, ...] for each of the student's steps; m may be 0.
+            replays: one draw of remembered samples [m, ...] for each of the student's steps, at least one; m may
+                be 0.
 
         Raises:
             InputError: samples are not what the models take; nothing has changed.
             EngineError: an engine failed; nothing has changed.
         """
+        new = self._student.check_input(new)
+        # Each by itself: joined, samples of another dtype would be converted without a word.
+        draws = [self._student.check_input(replay) if len(replay) else None for replay in replays]
+        if not draws:
+            raise EmptyBatch(
+                "a round without draws of remembered samples has no step for the student",
+                "Give one draw for each step, of no samples where none are remembered",
+            )
         before = self._teacher.checkpoint, self._student.checkpoint
         try:
-            report = self._round(new, replays)
+            report = self._round(new, draws)
         except BaseException:
             self._return(*before)
             raise
@@ -170,28 +187,29 @@ class Learner:
         self.rounds += 1
         return Round(len(new), report["loss"], report["divergence"], report["agreement"], False)
 
-    def _round(self, new: NDArray[Any], replays: Sequence[NDArray[Any]]) -> Mapping[str, float] | None:
-        classes = self._student.manifest.classes
+    def _round(self, new: NDArray[Any], draws: Sequence[NDArray[Any] | None]) -> Mapping[str, float] | None:
+        """The report of the student's last step; None if something was not finite, and then it is to be undone."""
         if self.options.adapt_teacher:
-            nothing = np.zeros((len(new), classes), dtype=np.float32)  # no divergence counts here
-            step = self._teacher.step(new, target=nothing)
-            if not is_finite(step.theta) or not is_finite(step.logits):
+            # No divergence counts here.
+            nothing = np.zeros((len(new), self._teacher.manifest.classes), dtype=np.float32)
+            if not _committed(self._teacher, self._teacher.step(new, target=nothing)):
                 return None
-            self._teacher.commit(step)
         report: Mapping[str, float] = {}
-        for replay in replays:
-            x = np.concatenate([new, replay]) if len(replay) else new
+        for draw in draws:
+            x = new if draw is None else np.concatenate([new, draw])
             target = self._teacher.predict(x).logits
             if not is_finite(target):
                 return None
             step = self._student.step(x, target=target)
-            if not is_finite(step.theta):
+            if not _committed(self._student, step):
                 return None
-            self._student.commit(step)
             report = step.report
+        # A step answers as before its update, so nothing has looked at the last theta's answers yet.
+        if not is_finite(self._student.predict(new).logits):
+            return None
         return report
 
-    def _return(self, teacher: Any, student: Any) -> None:
+    def _return(self, teacher: Checkpoint, student: Checkpoint) -> None:
         self._teacher.restore(teacher)
         self._student.restore(student)
 
@@ -199,13 +217,14 @@ class Learner:
 
     def snapshot(self) -> bytes:
         """Everything that a learner needs to go on after its process was killed."""
-        return msgspec.msgpack.encode(
+        body = msgspec.msgpack.encode(
             _Snapshot(
                 self._student.encode(self._student.checkpoint),
                 self._teacher.encode(self._teacher.checkpoint),
                 self.rounds,
             )
         )
+        return _checksum(body) + body
 
     def restore(self, data: bytes) -> None:
         """Go on from a snapshot of a learner of the same bundles.
@@ -213,12 +232,18 @@ class Learner:
         Raises:
             SnapshotUnreadable: it is not one; nothing has changed.
         """
-        try:
-            found = msgspec.msgpack.decode(data, type=_Snapshot)
-            student, teacher = self._student.decode(found.student)[0], self._teacher.decode(found.teacher)[0]
-        except (msgspec.DecodeError, StateError) as error:
+        body = bytes(data[_CHECKSUM_BYTES:])
+        if data[:_CHECKSUM_BYTES] != _checksum(body):
             raise SnapshotUnreadable(
-                f"what a learner left is not a snapshot of these models: {error}",
+                f"the {len(data)} bytes that a learner left do not have the checksum that they name",
+                "Start the group anew, or restore the store from a copy",
+            )
+        try:
+            found = msgspec.msgpack.decode(body, type=_Snapshot)
+            student, teacher = self._student.decode(found.student)[0], self._teacher.decode(found.teacher)[0]
+        except (msgspec.DecodeError, UnicodeError, StateError) as error:
+            raise SnapshotUnreadable(
+                f"what a learner left is not a snapshot of these models: {reason(error)}",
                 "Start the group anew, or serve the student and teacher that it was made with",
             ) from error
         self._return(teacher, student)
@@ -236,16 +261,37 @@ class Learner:
         self._student.swap(theta)
 
 
+def _committed(model: Model, step: Step) -> bool:
+    """Commit a step, unless something in it is not finite."""
+    if not all(is_finite(array) for array in (step.logits, step.theta, *step.state.values())):
+        return False
+    model.commit(step)
+    return True
+
+
+def _checksum(body: bytes) -> bytes:
+    return hashlib.sha256(_SNAPSHOT + body).digest()
+
+
 def check_fit(student: Model, teacher: Model) -> None:
     """Whether a teacher can teach a student.
 
     Raises:
-        TeacherUnfit: it takes other inputs, or knows other classes.
+        TeacherUnfit: it takes other inputs, knows other classes, or the same in another order.
     """
     mine, its = student.manifest, teacher.manifest
     if mine.classes != its.classes:
         raise TeacherUnfit(
             f"the teacher `{its.model_id}` knows {its.classes} classes, the student `{mine.model_id}` {mine.classes}",
+            "Use a teacher of the same classes in the same order",
+        )
+    names, others = mine.class_names or [], its.class_names or []
+    if names != others and sorted(names) == sorted(others):
+        # Names that differ may be two words for one class; the same names elsewhere are no such accident.
+        place = next(i for i, (one, other) in enumerate(zip(names, others, strict=True)) if one != other)
+        raise TeacherUnfit(
+            f"class {place} is `{others[place]}` for the teacher `{its.model_id}` and `{names[place]}` for the "
+            f"student `{mine.model_id}`",
             "Use a teacher of the same classes in the same order",
         )
     wanted, found = mine.input, its.input

@@ -20,6 +20,8 @@ class Stage(str, Enum):
 
 
 GOOD, BAD = "committed", ("refused", "rolled-back")
+_ROUNDING = 1e-9
+"""Shares are decimal fractions: 0.29 of 100 must be 29, not 28.999999999999996."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class RolloutOptions:
         min_edges: below so many edges there are no canaries.
         success_share: of the canaries that must have committed before the group gets it.
         error_share: of the edges that were offered it; when more have refused it or rolled it back it is stopped.
-        canary_timeout_s: canaries that say nothing for so long count as if they had not been asked.
+        canary_timeout_s: canaries that say nothing for so long count as if they had not been asked: one that has
+            committed is enough then, as long as no more than `error_share` are bad.
     """
 
     canary_share: float = 0.05
@@ -79,14 +82,13 @@ def begin(
         trusted: edges to begin with, where an operator has named some.
     """
     present = sorted(set(edges))
-    if len(present) < options.min_edges or options.canary_share >= 1:
+    if not present or len(present) < options.min_edges or options.canary_share >= 1:
         return Rollout(seq, Stage.GROUP, frozenset(), now_s)
-    count = max(1, math.ceil(options.canary_share * len(present)))
-    named = [edge for edge in present if edge in set(trusted)]
-    # Another edge each time: one that is always asked first would see every bad patch.
-    turned = present[seq % len(present) :] + present[: seq % len(present)]
-    chosen = (named + [edge for edge in turned if edge not in named])[:count]
-    return Rollout(seq, Stage.CANARY, frozenset(chosen), now_s)
+    count = _at_least(options.canary_share, len(present))
+    first = set(trusted)
+    turned = _turned(present, seq)
+    chosen = [edge for edge in turned if edge in first] + [edge for edge in turned if edge not in first]
+    return Rollout(seq, Stage.CANARY, frozenset(chosen[:count]), now_s)
 
 
 def progress(
@@ -108,7 +110,7 @@ def progress(
         reason: of a refusal.
         now_s: seconds.
         options: see :class:`RolloutOptions`.
-        offered: how many edges have been offered the patch; the canaries count anyway.
+        offered: how many edges of the group have been offered the patch, once it has it; the canaries count anyway.
     """
     if rollout.stage is Stage.STOPPED or not rollout.may_have(edge):
         return rollout
@@ -117,8 +119,10 @@ def progress(
         rollout = replace(rollout, good=rollout.good | {edge}, bad=bad)
     elif state in BAD:
         rollout = replace(rollout, good=rollout.good - {edge}, bad={**rollout.bad, edge: reason or state})
-    asked = max(len(rollout.canaries), offered, len(rollout.good) + len(rollout.bad))
-    if rollout.bad and len(rollout.bad) > options.error_share * asked:
+    asked = len(rollout.canaries)
+    if rollout.stage is Stage.GROUP:
+        asked = max(asked, offered, len(rollout.good) + len(rollout.bad))
+    if rollout.bad and len(rollout.bad) > options.error_share * asked + _ROUNDING:
         return replace(rollout, stage=Stage.STOPPED)
     return _advance(rollout, now_s, options)
 
@@ -141,11 +145,22 @@ def tick(rollout: Rollout, online: Iterable[str], now_s: float, options: Rollout
     others = sorted(set(online) - rollout.canaries)
     if not others:
         return replace(rollout, began_s=now_s)
-    return replace(rollout, canaries=rollout.canaries | {others[0]}, began_s=now_s)
+    return replace(rollout, canaries=rollout.canaries | {_turned(others, rollout.seq)[0]}, began_s=now_s)
 
 
 def _advance(rollout: Rollout, now_s: float, options: RolloutOptions) -> Rollout:
-    wanted = max(1, math.ceil(options.success_share * len(rollout.canaries)))
+    wanted = _at_least(options.success_share, len(rollout.canaries))
     if rollout.stage is Stage.CANARY and len(rollout.good & rollout.canaries) >= wanted:
         return replace(rollout, stage=Stage.GROUP, began_s=now_s)
     return rollout
+
+
+def _turned(edges: list[str], seq: int) -> list[str]:
+    """Another edge first each time: one that is always asked first would see every bad patch."""
+    start = seq % len(edges)
+    return edges[start:] + edges[:start]
+
+
+def _at_least(share: float, count: int) -> int:
+    """How many of so many a share is, rounded up; one at least."""
+    return max(1, math.ceil(share * count - _ROUNDING))
