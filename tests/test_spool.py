@@ -445,7 +445,8 @@ def test_every_file_damaged_at_each_percent_costs_little_and_stops_nothing(tmp_p
             if name.endswith(".batch"):
                 assert len(lost) <= 5
                 changed = spoilt != data
-                assert (spool.counters.damaged >= max(1, len(lost))) == changed
+                least = len(lost) if at >= HEAD_BYTES else 1  # the head says how many there were
+                assert (spool.counters.damaged >= max(1, least)) == changed
                 assert bool(told) == changed
             else:
                 assert not lost
@@ -495,11 +496,6 @@ def test_what_is_not_ours_is_left_alone_and_nothing_is_followed(tmp_path):
     assert (tmp_path / "elsewhere").read_bytes() == FILE
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="the superuser reads everything")
-def test_a_file_that_cannot_be_read_keeps_its_place(tmp_path):
-    check_unreadable(tmp_path, lambda path: path.chmod(0))
-
-
 def test_a_file_that_cannot_be_read_now_is_read_at_the_next_start(tmp_path, monkeypatch):
     """As with too many open files: nothing may be deleted because of it."""
     spool = opened(tmp_path)
@@ -515,15 +511,6 @@ def test_a_file_that_cannot_be_read_now_is_read_at_the_next_start(tmp_path, monk
         assert blind.nbytes == spool.nbytes
         keys.append(blind.append(sample(3)))
     assert [each.key for each in waiting(opened(tmp_path))] == keys
-
-
-def check_unreadable(tmp_path, spoil):
-    spool = opened(tmp_path)
-    keys = [spool.append(sample(i)) for i in range(3)]
-    (_, path, _), *_ = batches(spool.directory)
-    spoil(path)
-    assert [each.key for each in waiting(opened(tmp_path))] == keys[1:]
-    assert path.exists()
 
 
 # --- removing beside a daemon -----------------------------------------------------------------------

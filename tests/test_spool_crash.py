@@ -228,6 +228,7 @@ def test_each_call_to_the_disk_fails_once(quick_path, number, bounds):
             assert disk.failures == 1
         within(spool, facts, bounds)
         # The disk is well again: the same spool and a new one go on.
+        disk._nth = 0
         key = spool.append(sample(50))
         facts.durable.append(key)
         assert spool.peek(100)[-1].key == key

@@ -303,6 +303,8 @@ class Spool:
             except OSError as error:
                 log.warning("%s cannot be read and is left for the next start: %s", path, reason(error))
                 records, batch.readable = [], False
+            else:
+                batch.last = max((record.number for record in records), default=number)
             for record in records:
                 if record.key in done:
                     batch.done.add(record.key)
@@ -392,6 +394,8 @@ class Spool:
         """Give a full disk so much back; whether anything was."""
         before = self._size
         self._drop(0, size, "the disk is full")
+        if self._unsaved:  # there was no room for them either, and soon there is none again
+            self._save_counters()
         return self._size < before
 
     def _drop(self, samples: int, size: int, why: str) -> None:
