@@ -130,8 +130,8 @@ class CemaFilter:
     """E_min < H < E_max, then unlike the mean of the predictions sent so far; the rules of CEMA, batch by batch.
 
     E_max = ``high`` * ln C until ``warm_up`` samples have come; from then on that times ``scale`` times the mean
-    entropy of all samples ever seen over what it was at that moment. E_min = ``low`` * ln C. The cosine is EATA's: below
-    ``redundancy`` in absolute value to a running mean that moves by a tenth towards each batch's sent samples.
+    entropy of all samples ever seen over what it was at that moment. E_min = ``low`` * ln C. The cosine is EATA's,
+    below ``redundancy`` in absolute value to a running mean that moves by a tenth towards each batch's sent samples.
 
     The mean of all samples hardly moves after a long time, and 0.05 is a cosine for many classes: with ten of them
     hardly any prediction is so far from a mean of several (EATA takes 0.4 there). Both are as published, and why
