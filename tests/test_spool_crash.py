@@ -106,8 +106,9 @@ class Ledger:
         assert len(set(keys)) == len(keys)
         assert [each.number for each in found] == sorted(each.number for each in found)
         assert not self.gone & set(keys), "a removal that was reported is undone"
-        known = [key for key in keys if key in set(self.order)]
-        new = [each for each in found if each.key not in set(self.order)]
+        place = {key: at for at, key in enumerate(self.order)}
+        known = [key for key in keys if key in place]
+        new = [each for each in found if each.key not in place]
         assert {each.sample.taken_ms for each in new} <= set(self.open.get("adding", ()))
         present = set(keys)
         missing = {key for key in self.order if key not in self.gone | present}
@@ -117,8 +118,8 @@ class Ledger:
         assert len(missing) - len(unsure) <= dropped <= len(missing) + len(self.open.get("removing", ()))
         if not self.open:
             assert dropped == self.dropped == len(missing)
-        at_most = max((self.order.index(key) for key in missing - unsure), default=-1)
-        assert all(self.order.index(key) > at_most for key in known), "the oldest are dropped first"
+        at_most = max((place[key] for key in missing - unsure), default=-1)
+        assert all(place[key] > at_most for key in known), "the oldest are dropped first"
         assert spool.counters.damaged == 0
         self.gone |= unsure
         self.order += [each.key for each in new]
