@@ -23,9 +23,11 @@ from tta_edge.settings import settings
 X = np.zeros((16, 8), np.float32)
 COMMANDS = [
     "serve", "status", "streams", "top", "adapt", "reset", "rollback", "reload", "events", "enroll", "doctor",
-    "stream", "evaluate", "demo", "config",
+    "stream", "evaluate", "demo", "config", "spool",
 ]  # fmt: skip
-CONFIG_COMMANDS = ["show", "check"]
+GROUPS = {"config": ["show", "check"], "spool": ["ls", "rm"]}
+"""Commands of commands."""
+IN_GROUPS = [f"{group} {name}" for group, names in GROUPS.items() for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +205,7 @@ def test_version():
     assert result.stdout.startswith("tta-edge ")
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, *(f"config {name}" for name in CONFIG_COMMANDS)])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *IN_GROUPS])
 def test_help_names_the_exit_codes_and_an_example(command):
     result = run_cli(*command.split(), "--help")
     assert result.returncode == 0
@@ -215,10 +217,12 @@ def test_help_names_the_exit_codes_and_an_example(command):
 
 
 def test_every_command_and_option_is_documented():
-    commands = parser().commands
+    commands = dict(parser().commands)
     assert commands.keys() == set(COMMANDS)
-    assert commands["config"].commands.keys() == set(CONFIG_COMMANDS)
-    for name, command in [*commands.items(), *commands["config"].commands.items()]:
+    for group, names in GROUPS.items():
+        assert commands[group].commands.keys() == set(names)
+        commands |= commands[group].commands
+    for name, command in commands.items():
         assert command.help
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"

@@ -7,6 +7,7 @@ so a kill neither loses a sample nor teaches it twice. A patch is handed on when
 from __future__ import annotations
 
 import logging
+import math
 import sqlite3
 import threading
 import time
@@ -22,11 +23,11 @@ from tta_cloud.errors import CloudError, SnapshotUnreadable
 from tta_cloud.gate import Verdict, held_out, judge, judge_labelled
 from tta_cloud.identity import Identity
 from tta_cloud.intake import balanced
-from tta_cloud.learner import Learner
+from tta_cloud.learner import Learner, Round
 from tta_cloud.records import Entry, Patch, PatchState, Stored
 from tta_cloud.store import Store
 from tta_runtime import theta as thetas
-from tta_runtime.errors import TtaError
+from tta_runtime.errors import EngineError, InputError, TtaError
 from tta_runtime.model import Engines
 from tta_runtime.patch import Trust, make_patch, verify_patch
 from tta_runtime.sealed import Sealed, SignatureEntry
@@ -166,8 +167,13 @@ class School:
         draws = [self._replay(name, group, i) for i in range(options.rounds)]
         x = np.stack([each.sample.array() for each in new])
         before = group.learner.snapshot()
-        done = group.learner.learn(x, draws)
         keys = [each.sample.key for each in (*new, *held)]
+        try:
+            done = group.learner.learn(x, draws)
+        except (InputError, EngineError) as error:
+            # What cannot be learned from must not stand in the way of what comes after it.
+            done = Round(len(new), math.nan, math.nan, math.nan, True)
+            log.warning("group %s: %d samples are passed over: %s", name, len(new), error)
         try:
             group.generation = self._store.call(
                 learners.save(

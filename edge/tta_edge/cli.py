@@ -16,6 +16,7 @@ from tta_edge.commands_cloud import enroll
 from tta_edge.commands_config import config
 from tta_edge.commands_doctor import doctor
 from tta_edge.commands_operate import adapt, events, reload, reset, rollback, status, streams, top
+from tta_edge.commands_spool import spool
 from tta_edge.commands_stream import demo, evaluate, stream
 from tta_edge.options import BundleDirectory, ConfigFile, HyperSettings, given, with_settings
 from tta_runtime.errors import BadValue, TtaError
@@ -110,6 +111,7 @@ MEASURE: tuple[Callable[..., None], ...] = (stream, evaluate, demo)
 for command in OPERATE:
     app.command(command.__name__, epilog=EPILOG)(command)
 app.add_typer(config)
+app.add_typer(spool)
 for command in MEASURE:
     app.command(command.__name__, epilog=EPILOG)(command)
 

@@ -22,6 +22,9 @@ import zmq.utils.monitor
 from tta_edge import uplink
 from tta_edge.base import Base
 from tta_edge.enrol import Enrolment
+from tta_edge.errors import SpoolError
+from tta_edge.spool import Spool
+from tta_edge.spool_file import Sample
 from tta_edge.teaching import Mode, Progress
 from tta_edge.uplink import Uplink, UplinkOptions, Upload
 from tta_runtime import __version__
@@ -35,8 +38,8 @@ from tta_runtime.theta import Vector
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING = 1024
-"""Samples that wait in memory; beyond it the oldest are dropped."""
+MAX_WAITING = 256
+"""Samples that wait in memory for the spool; beyond it the oldest are dropped: only a disk that hangs comes to that."""
 STALE_S = 600.0
 """Without a good head for so long the cloud is called stale, whatever the clock says."""
 HWM = 64
@@ -58,8 +61,8 @@ class CloudStatus:
         seq: of the newest head.
         sent: samples that the cloud has acknowledged.
         refused: of them, those that it did not want.
-        dropped: samples that were dropped because too many waited.
-        waiting: samples that wait.
+        dropped: samples that were dropped because too many waited, over all restarts.
+        waiting: samples that wait on disk.
         patches_refused: patches and heads that did not pass verification.
     """
 
@@ -85,6 +88,7 @@ class CloudLink:
         mode: of the daemon.
         base: gives the committed base.
         offer: takes a verified theta.
+        spool: where samples wait; closed with the link.
         max_distance: radius of the ball around the source.
         options: of the protocol.
     """
@@ -96,6 +100,7 @@ class CloudLink:
         mode: Mode,
         base: Callable[[], Base],
         offer: Offer,
+        spool: Spool,
         *,
         max_distance: float,
         options: UplinkOptions | None = None,
@@ -105,11 +110,13 @@ class CloudLink:
         self._mode: Mode = mode
         self._base = base
         self._offer = offer
+        self._spool = spool
+        self._done: list[str] = []
         self._max_distance = max_distance
         self._head: Head | None = None
         self._head_at_s = time.monotonic()
         self._problem = "not connected yet"
-        self._waiting: deque[Upload] = deque()
+        self._waiting: deque[Sample] = deque()
         self._sent = self._refused = self._dropped = self._bad = 0
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ending = threading.Event()
@@ -131,10 +138,10 @@ class CloudLink:
         """Begin."""
         self._thread.start()
 
-    def send(self, uploads: list[Upload]) -> None:
-        """Take samples for sending; where too many wait the oldest go."""
+    def send(self, samples: list[Sample]) -> None:
+        """Take samples for sending; the disk is not waited for."""
         with self._lock:
-            self._waiting.extend(uploads)
+            self._waiting.extend(samples)
             while len(self._waiting) > MAX_WAITING:
                 self._waiting.popleft()
                 self._dropped += 1
@@ -147,13 +154,15 @@ class CloudLink:
         if self._thread.is_alive():
             self._thread.join()
         self._context.destroy(linger=0)
+        self._spool.close()
 
     @property
     def status(self) -> CloudStatus:
         """How it is now."""
         head = self._head
         with self._lock:
-            waiting, dropped = len(self._waiting), self._dropped
+            waiting, dropped = len(self._waiting) + len(self._spool), self._dropped
+        dropped += self._spool.counters.dropped
         return CloudStatus(
             self._uplink.phase.name.lower(),
             self._enrolment.link.group,
@@ -216,15 +225,33 @@ class CloudLink:
                     return  # the socket is closed
 
     def _hand_over(self) -> None:
-        """Give the protocol as many samples as it has room for."""
-        while self._uplink.room:
+        """Let the disk have what was chosen, forget what was acknowledged, and send as much as there is room for."""
+        with self._lock:
+            fresh = list(self._waiting)
+            self._waiting.clear()
+        try:
+            if fresh:
+                self._spool.append_many(fresh)
+        except SpoolError as error:
             with self._lock:
-                if not self._waiting:
-                    return
-                upload = self._waiting.popleft()
+                self._dropped += len(fresh)
+            log.warning("samples are lost: %s", error)
+        if self._done:
+            self._spool.remove(self._done)
+            self._done = []
+        room = self._uplink.room
+        if not room:
+            return
+        for found in self._spool.peek(room, skip=self._uplink.holds):
+            sample = found.sample
+            upload = Upload(
+                found.key, sample.stream, sample.taken_ms, self._enrolment.root.epoch, sample.seq, sample.entropy,
+                sample.array(), sample.encoding,
+            )  # fmt: skip
             try:
                 self._uplink.offer(upload)
             except TtaError as error:
+                self._done.append(found.key)
                 log.warning("a sample cannot be sent: %s", error)
 
     def _send(self, sends: list[uplink.Frames]) -> None:
@@ -251,6 +278,7 @@ class CloudLink:
                 self._disconnect()
                 log.warning("the cloud is not there (%s): %s", event.code, event.cause)
             elif isinstance(event, uplink.Acknowledged):
+                self._done.append(event.key)
                 self._sent += 1
                 self._refused += not event.stored
             elif isinstance(event, uplink.HeadCame):
@@ -260,6 +288,8 @@ class CloudLink:
             elif isinstance(event, uplink.RootCame):
                 self._checked(lambda sealed=event.sealed: self._take_root(sealed))  # type: ignore[misc]
             elif isinstance(event, uplink.GivenUp):
+                if event.key:
+                    self._done.append(event.key)
                 log.warning("given up: %s (%s): %s", event.what, event.code, event.cause)
             else:
                 log.warning("the cloud sent something else: %s", event.error)

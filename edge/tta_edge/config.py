@@ -80,6 +80,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Most samples sent in a minute, over all streams; 0 for no limit."""
     upload_bytes_per_minute: Annotated[int, Meta(ge=0)] = 0
     """Most bytes sent in a minute; 0 for no limit."""
+    max_spool_samples: Annotated[int, Meta(ge=8)] = 10_000
+    """Most samples that wait on disk for the cloud; beyond it the oldest are dropped."""
+    max_spool_bytes: Annotated[int, Meta(ge=65_536)] = 256 * 1024 * 1024
+    """Most bytes of their files."""
     adapt: bool = True
     """Whether streams adapt at all; `false` serves what is there. `tta-edge adapt` switches while running."""
     policy: Literal["inline", "always", "every", "budget"] = "inline"

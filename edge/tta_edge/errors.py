@@ -108,6 +108,42 @@ class ModeRefused(StartError):
     code = "mode-refused"
 
 
+class SpoolError(TtaError):
+    """Samples that wait for upload cannot be kept, read or removed."""
+
+    code = "spool"
+
+
+class SampleRefused(SpoolError):
+    """A sample is not of a form that the spool takes, or larger than it may ever hold."""
+
+    code = "sample-refused"
+
+
+class SpoolDamaged(SpoolError):
+    """A record of a waiting sample is not what was written."""
+
+    code = "spool-damaged"
+
+
+class SpoolUnwritable(SpoolError):
+    """The operating system refuses to make or to write the spool; what was reported durable is unchanged."""
+
+    code = "spool-unwritable"
+
+
+class SpoolUnreadable(SpoolError):
+    """The operating system refuses to read the spool."""
+
+    code = "spool-unreadable"
+
+
+class SpoolInUse(SpoolError):
+    """Another process is rewriting files of the spool."""
+
+    code = "spool-in-use"
+
+
 class ClientError(TtaError):
     """A call of the client library failed."""
 

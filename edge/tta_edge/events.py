@@ -68,6 +68,10 @@ class Reason(str, Enum):
     """The state directory could not be written; the daemon goes on in memory."""
     DISK_OK = "disk-ok"
     """The state directory can be written again."""
+    SPOOL_FULL = "spool-full"
+    """The spool holds as many samples or bytes as it may, or the disk is full; the oldest samples were dropped."""
+    SPOOL_DAMAGED = "spool-damaged"
+    """A file of the spool is not what was written; its damaged samples were left out."""
     START = "start"
     """Found when the daemon started."""
     RETURNED = "returned"
@@ -89,7 +93,7 @@ class Event:
             committed), `reset`, `rollback`, `suspend`,
             `quarantine` (a state file was set aside), `restore`, `evict`, `forget`, `wake` (auto steps often again),
             `hold` and `release` (auto lets the source serve, or no longer), `stage` (a base is on probation), `commit`
-            (a base serves), `switch`, `reload` or `disk`.
+            (a base serves), `switch`, `reload`, `disk` or `spool`.
         reason: a `Reason`, or the code of an error.
         detail: the values behind it, in words.
     """

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from tta_edge.errors import ClientError, ServiceError, StartError, UnknownBundle, UnknownStream
+from tta_edge.errors import (
+    ClientError,
+    ServiceError,
+    SpoolDamaged,
+    SpoolError,
+    StartError,
+    UnknownBundle,
+    UnknownStream,
+)
 from tta_runtime.errors import (
     BadField,
     BundleError,
@@ -50,6 +58,8 @@ _BY_ERROR: tuple[tuple[type[TtaError], ExitCode], ...] = (
     (PatchError, ExitCode.BAD_DATA),
     (KeyFileRefused, ExitCode.USAGE),
     (EngineError, ExitCode.UNAVAILABLE),
+    (SpoolDamaged, ExitCode.BAD_DATA),
+    (SpoolError, ExitCode.UNAVAILABLE),
     (StartError, ExitCode.UNAVAILABLE),
     (ClientError, ExitCode.UNAVAILABLE),
     (ServiceError, ExitCode.UNAVAILABLE),

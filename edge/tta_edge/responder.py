@@ -33,6 +33,7 @@ from tta_edge.registry import Registry
 from tta_edge.saver import Saver
 from tta_edge.sending import Sender
 from tta_edge.session import Arrived, error_reply
+from tta_edge.spool import Spool
 from tta_edge.stats import Figures, Stats
 from tta_edge.stepper import Stepper
 from tta_edge.store import StateStore
@@ -363,6 +364,12 @@ class Responder:
             config.mode,
             lambda: self._bases.base(host.name),
             lambda epoch, seq, theta, report: self.offer_base(host.name, epoch, seq, theta, report),
+            Spool(
+                enrolment.directory.parent / "spool",
+                max_samples=config.max_spool_samples,
+                max_bytes=config.max_spool_bytes,
+                tell=self.events.add,
+            ),
             max_distance=config.max_distance,
         )
 

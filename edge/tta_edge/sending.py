@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tta_edge.base import Base
-from tta_edge.uplink import Upload
+from tta_edge.spool_file import Sample
 from tta_edge.upload import FILTERS, Filter, RateLimit
 from tta_runtime.numerics import entropy
 
@@ -46,7 +44,7 @@ class Sender:
         share: float,
         samples_per_minute: int,
         bytes_per_minute: int,
-        send: Callable[[list[Upload]], None],
+        send: Callable[[list[Sample]], None],
         seed: int,
     ) -> None:
         self._kind: Upload_ = kind
@@ -55,8 +53,6 @@ class Sender:
         self._draw = np.random.default_rng(seed)
         self._limit = RateLimit(samples_per_minute, bytes_per_minute)
         self._filters: OrderedDict[str, Filter] = OrderedDict()
-        self._nonce = os.urandom(16)
-        self._number = 0
         self.reasons: Counter[str] = Counter()
         self.chosen = 0
         self.seen = 0
@@ -85,24 +81,10 @@ class Sender:
                 self.reasons["rate"] += 1
                 continue
             sample = np.ascontiguousarray(x[i])
+            now_ms = int(time.time() * 1000)
             uploads.append(
-                Upload(
-                    self._key(sample),
-                    stream,
-                    int(time.time() * 1000),
-                    base.epoch,
-                    base.seq,
-                    float(h[i]),
-                    sample,
-                )
+                Sample.of(sample, stream=stream, taken_ms=now_ms, seq=base.seq, entropy=float(h[i]))
             )
         self.chosen += len(uploads)
         if uploads:
             self._send(uploads)
-
-    def _key(self, sample: NDArray[Any]) -> str:
-        """Names this sample for ever, and no other: its content, this process and its number."""
-        self._number += 1
-        digest = hashlib.sha256(self._nonce + self._number.to_bytes(8, "little"))
-        digest.update(sample.data)
-        return digest.hexdigest()[:32]
