@@ -26,8 +26,7 @@ from exported import options as build_options
 from networks import CLASSES, SIZE
 from tta_cloud.errors import SnapshotUnreadable, TeacherUnfit
 from tta_cloud.learner import METHOD, Learner, LearnerOptions, Round, check_fit
-from tta_exporters.build import Built, InputOptions, build
-from tta_exporters.preprocess import Preprocess
+from tta_exporters.build import Built, build
 from tta_runtime import Model, errors
 from tta_runtime.engine import EngineOptions
 from tta_runtime.engine_ort import OrtEngine
@@ -650,57 +649,42 @@ def test_a_flipped_bit_or_a_missing_end_is_noticed(grown: Learner, data: st.Data
 # --- teachers that do not fit -------------------------------------------------------------------------
 
 
-class Wider(nn.Module):
-    """Another number of classes, or of pixels."""
-
-    def __init__(self, classes: int, size: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(3 * size * size, 4), nn.BatchNorm1d(4), nn.Linear(4, classes)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
 NAMES = [f"class {i}" for i in range(CLASSES)]
-UNFIT = {
-    "classes": (5, SIZE, {}, "knows 5 classes, the student `small` 7"),
-    "size": (CLASSES, 8, {"input": InputOptions((3, 8, 8))}, r"float32 \['batch', 3, 8, 8\]"),
-    "range": (
-        CLASSES,
-        SIZE,
-        {"input": InputOptions((3, SIZE, SIZE), preprocess=Preprocess(0, 255))},
-        r"in 0\.\.255",
-    ),
-    "dtype": (
-        CLASSES,
-        SIZE,
-        {"input": InputOptions((3, SIZE, SIZE), "uint8", Preprocess(0, 255))},
-        "takes uint8",
-    ),
-    "order": (CLASSES, SIZE, {"class_names": NAMES[::-1]}, "class 0 is `class 6` for the teacher"),
-    "": (CLASSES, SIZE, {"class_names": [name.title() for name in NAMES]}, ""),
+UNFIT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "classes": ({"classes": 5, "class_names": None}, {}, "knows 5 classes, the student `student` 7"),
+    "size": ({}, {"shape": ["batch", 3, 8, 8]}, r"float32 \['batch', 3, 8, 8\]"),
+    "range": ({}, {"high": 255.0}, r"in 0\.\.255"),
+    "dtype": ({}, {"dtype": "uint8"}, "takes uint8"),
+    "order": ({"class_names": NAMES[::-1]}, {}, "class 0 is `class 6` for the teacher"),
+    "other words": ({"class_names": [name.title() for name in NAMES]}, {}, ""),
+    "no names": ({"class_names": None}, {}, ""),
+    "the same": ({}, {}, ""),
 }
 
 
-def widened(path: Path, classes: int, size: int, **more: Any) -> Engines:
-    torch.manual_seed(0)
-    settings = {"classes": classes, "input": InputOptions((3, size, size)), **more}
-    build(Wider(classes, size).eval(), replace(build_options("small", METHODS), **settings), path)
-    return Engines.load(path, methods=[METHOD], options=ONE_THREAD)
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_teacher_of_other_classes_or_input_is_unfit(pair: Pair, name: str) -> None:
+    more, spec, says = UNFIT[name]
+    model = Model(pair.student, METHOD)
+    model.manifest = msgspec.structs.replace(model.manifest, class_names=NAMES)
+    manifest = model.manifest
+    changed = msgspec.structs.replace(manifest, input=msgspec.structs.replace(manifest.input, **spec), **more)
+    teacher = Model(pair.student, METHOD)
+    teacher.manifest = changed
+    if says:
+        with pytest.raises(TeacherUnfit, match=says) as caught:
+            check_fit(model, teacher)
+        assert caught.value.fix
+    else:
+        check_fit(model, teacher)
 
 
-def test_a_teacher_of_other_classes_or_input_is_unfit(tmp_path: Path) -> None:
-    student = widened(tmp_path / "student", CLASSES, SIZE, class_names=NAMES)
-    for name, (classes, size, more, says) in UNFIT.items():
-        teacher = widened(tmp_path / f"teacher {name}", classes, size, **more)
-        if says:
-            with pytest.raises(TeacherUnfit, match=says) as caught:
-                Learner(student, teacher, OPTIONS)
-            assert caught.value.fix
-        else:
-            check_fit(Model(student, METHOD), Model(teacher, METHOD))
+def test_a_learner_is_not_made_with_an_unfit_teacher(pair: Pair) -> None:
+    bundle = pair.teacher.bundle
+    fewer = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, classes=5))
+    engines = {key: pair.teacher[key] for key in ("forward", f"step.{METHOD}")}
+    with pytest.raises(TeacherUnfit):
+        Learner(pair.student, Engines(fewer, engines, [METHOD]), OPTIONS)
 
 
 def test_a_round_says_what_it_did(pair: Pair) -> None:
