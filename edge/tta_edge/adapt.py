@@ -293,6 +293,11 @@ class Stream:
         return theta
 
     @property
+    def departed(self) -> bool:
+        """Whether what serves may differ from the source: a step was made, or a base was taught."""
+        return self.model.steps > 0 or self.stands_on != (0, 0)
+
+    @property
     def keeps_statistics(self) -> bool:
         """Whether the method moves running statistics and trains nothing: then they stay the stream's own."""
         layout, spec = self.model.manifest.theta, self.model.spec
@@ -315,6 +320,7 @@ class Stream:
             self.model.rebase(base, self.adopted(base, decay=decay))
             self.stands_on = order
             self.checkpoints.clear()
+            self.monitor.clear()  # what was seen under another base says nothing of this one
             if self.auto is not None:
                 self.auto.realign()
 
@@ -456,6 +462,7 @@ class Stream:
                 "counts": dict(self.counts),
                 "last_event": self.last_event,
                 "monitor": self.monitor.notes(),
+                "stands_on": list(self.stands_on),
             }
             notes = msgspec.json.encode(form).decode()
             if (
@@ -473,6 +480,8 @@ class Stream:
             self._strikes, self._calm = int(form["strikes"]), int(form["calm"])
             self.counts = Counter({str(name): int(count) for name, count in form["counts"].items()})
             self.last_event = str(form["last_event"])[:200]
+            epoch, seq = form.get("stands_on", (0, 0))  # notes of before have none: the bundle's own theta
+            self.stands_on = int(epoch), int(seq)
         except (msgspec.DecodeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             self.monitor.clear()  # the checksum was right: another version wrote them
 
@@ -512,20 +521,22 @@ class Stream:
             self._tell("wake", Reason.DRIFT, f"images moved by {auto.shift:.2f} standard deviations")
 
     def _source(self, x: NDArray[Any], compare: bool) -> NDArray[np.float32] | None:
-        if not compare and not (self.monitor.suspicious and self.model.steps):
+        if not compare and not (self.monitor.suspicious and self.departed):
             return None
         return self.model.predict(x, source=True).logits
 
     def _observe(self, logits: NDArray[np.float32], source: NDArray[np.float32] | None) -> Reason | None:
         self.samples += len(logits)
         collapse = self.monitor.observe(logits, source)
-        if collapse is None or not self.model.steps:
+        if collapse is None or not self.departed:
             return None
         self._strikes += 1
         self._calm = 0
         self.roll_back(Reason.COLLAPSE, collapse)
         if self._strikes >= MAX_STRIKES:
             self.suspended = True
+            self.model.rebase(self.model.theta0, self.model.theta0)  # a base may be what collapsed
+            self.stands_on = (0, 0)
             self._to_source()
             self._tell("suspend", Reason.COLLAPSE, f"{self._strikes} collapses; reset it or switch it on")
             self._returned(None)
@@ -611,14 +622,17 @@ class Stream:
         logits = self.model.predict(x).logits
         if is_finite(logits):
             return logits, None
-        if not self.model.steps or not is_finite(self.model.predict(x, source=True).logits):
+        source = self.model.predict(x, source=True).logits if self.departed else logits
+        if not is_finite(source):
             spec = self.model.manifest.input
             raise NonFinite(
                 f"the logits of this batch hold NaN or Inf, its values reach {np.abs(x).max():.3g}",
                 f"Send values from {spec.low:g} to {spec.high:g}",
             )
         self.reset(Reason.NON_FINITE_LOGITS, "the serve graph's logits hold NaN or Inf")
-        return self.model.predict(x).logits, Reason.NON_FINITE_LOGITS
+        logits = self.model.predict(x).logits
+        # Where the base itself is broken the source answers; whoever taught it is told by the reason.
+        return (logits if is_finite(logits) else source), Reason.NON_FINITE_LOGITS
 
     def _tell(self, action: str, reason: Reason, detail: str) -> None:
         self.record(Event(self.bundle, self.name, action, reason.value, detail))

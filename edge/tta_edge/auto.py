@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from tta_edge.gallery import Contents, Gallery, Shelf
 from tta_edge.prior import Prior
 from tta_edge.sight import CHUNK, Change, Floats, Watch, sight
+from tta_runtime.errors import EngineError
 from tta_runtime.model import Model, Step
 from tta_runtime.numerics import entropy, softmax
+from tta_runtime.theta import Vector
 
 OFTEN = 64  # fresh samples between two steps while awake
 RARELY = 2048  # and while resting
@@ -238,7 +240,23 @@ class Auto:
         counts = task.weight > 0
         gain = information(step.logits[counts]) - information(task.contents.source[counts])
         held = gain < (-LOSS if step.report.get("shift", 0.0) > SHIFTED else GAIN)
-        return Verdict(replace(step, theta=self._model.theta0) if held else step, held, gain)
+        if not held:
+            return Verdict(step, held, gain)
+        return Verdict(replace(step, theta=self._unstepped(task, counts)), held, gain)
+
+    def _unstepped(self, task: Task, counts: NDArray[np.bool_]) -> Vector:
+        """What serves where a step has nothing to add: the source, or a taught base that says more than the source."""
+        model = self._model
+        if model.base is model.theta0:
+            return model.theta0
+        try:
+            said = model.predict(task.contents.x[counts], instead=model.base).logits
+        except EngineError:
+            return model.theta0
+        if not np.isfinite(said).all():
+            return model.theta0
+        more = information(said) > information(task.contents.source[counts])
+        return model.base if more else model.theta0
 
     def stepped(self, task: Task, verdict: Verdict | None) -> None:
         """A step has been committed; None: it was refused."""

@@ -91,11 +91,11 @@ class BaseStore:
         self._bundle = bundle
         self._slots = Slots(directory, disk, base=above)
 
-    def load(self) -> tuple[Base | None, list[Refused]]:
-        """The newest whole base of this bundle, and what was refused; files are left as they are."""
+    def load(self) -> tuple[list[Base], list[Refused]]:
+        """The whole bases of this bundle, the newest first, and what was refused; files are left as they are."""
         size = 4 * self._bundle.manifest.theta.size + tensors.MAX_OVERHEAD_BYTES
         good, refused = self._slots.load(self._decode, size)
-        return (good[0].value if good else None), refused
+        return [slot.value for slot in good], refused
 
     def commit(self, base: Base) -> None:
         """Write a base; it may serve when this has returned.
@@ -104,6 +104,14 @@ class BaseStore:
             StateUnwritable: the operating system refuses; the base before is still there.
         """
         self._slots.commit(lambda generation: self._encode(base, generation))
+
+    def go_back(self, base: Base) -> None:
+        """Write a base and delete what came after it: a restart must not find again what was gone back from.
+
+        Raises:
+            StateUnwritable: the operating system refuses; then nothing may be left, and the bundle's own theta serves.
+        """
+        self._slots.replace(lambda generation: self._encode(base, generation))
 
     def _encode(self, base: Base, generation: int) -> bytes:
         metadata = {

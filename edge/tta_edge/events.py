@@ -42,6 +42,8 @@ class Reason(str, Enum):
     """Method auto has (hold), or no longer has (release), nothing to add to the source, which then serves."""
     LESS_INFORMATION = "less-information"
     """A candidate base says less of live samples than what serves; it was refused."""
+    DISAGREES = "disagrees"
+    """A candidate base calls nearly all live samples something else than what serves; it was refused."""
     NEWER = "newer"
     """A newer patch came while a candidate base was on probation; the newer one takes its place."""
     PATCH = "patch"

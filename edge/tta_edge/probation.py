@@ -18,6 +18,8 @@ from tta_runtime.numerics import entropy, softmax
 
 MARGIN = 0.15
 """Nats of information that a candidate may say less."""
+AGREED = 0.2
+"""Share of samples that a candidate must call as what serves does: one that has exchanged the classes says as much."""
 BLIND = 0.3
 """Entropy of the mean prediction, in units of ln C, below which all samples are of few classes."""
 
@@ -69,12 +71,14 @@ class Probation:
         wanted: samples until it is decided.
         candidate: what the candidate has said.
         served: what was served meanwhile.
+        agreed: samples on which both named the same class.
         broken: whether the candidate's logits were not finite once.
     """
 
     wanted: int
     candidate: Said
     served: Said
+    agreed: int = 0
     broken: bool = False
 
     @classmethod
@@ -91,7 +95,10 @@ class Probation:
         """
         if not np.isfinite(candidate).all():
             return replace(self, broken=True)
-        return replace(self, candidate=self.candidate.more(candidate), served=self.served.more(served))
+        agreed = self.agreed + int((candidate.argmax(axis=1) == served.argmax(axis=1)).sum())
+        return replace(
+            self, candidate=self.candidate.more(candidate), served=self.served.more(served), agreed=agreed
+        )
 
     @property
     def decided(self) -> bool:
@@ -107,6 +114,11 @@ class Probation:
         if mine.diversity < low <= its.diversity:
             detail = f"the candidate's mean prediction has {mine.diversity:.2f} nats, what serves {its.diversity:.2f}"
             return Reason.COLLAPSE, detail
+        if self.agreed < AGREED * mine.samples:
+            return (
+                Reason.DISAGREES,
+                f"of {mine.samples} samples {self.agreed} are called as what serves calls them",
+            )
         if mine.information < its.information - MARGIN:
             return (
                 Reason.LESS_INFORMATION,

@@ -274,11 +274,6 @@ class Responder:
                 self._stats.stepped(host.name, result, self._clock() - began_s)
         else:
             answer = stream.serve(x, collect=adapt, compare=message.compare)
-        if answer.reason is Reason.COLLAPSE:
-            self._bases.collapsed(host, f"stream `{stream.name}` collapsed")
-        self._bases.answered(host, stream, x, answer.logits)
-        if host.name == self._default:
-            self._sender.answered(stream.name, x, answer.logits, self._bases.base(host.name))
         self._registry.admit(stream)  # only now: a refused first request leaves no stream behind
         collected = adapt and stream.adapts and (windowed or not inline)
         if collected and not inline:
@@ -297,6 +292,18 @@ class Responder:
                 host.name, len(batch), queue_s=waited_s, compute_s=compute_s, total_s=total_s
             )
             self._finish(arrived, reply, tensors)
+        self._afterwards(host, stream, x, answer)
+
+    def _afterwards(self, host: Host, stream: Stream, x: NDArray[Any], answer: Answer) -> None:
+        """What the cloud's side of it costs: nobody waits for that, and nothing of it may cost an answer."""
+        try:
+            if answer.reason in (Reason.COLLAPSE, Reason.NON_FINITE_LOGITS):
+                self._bases.collapsed(host, f"stream `{stream.name}`: {answer.reason.value}")
+            self._bases.answered(host, stream, x, answer.logits)
+            if host.name == self._default:
+                self._sender.answered(stream.name, x, answer.logits, self._bases.base(host.name))
+        except Exception:
+            log.exception("a defect while a base was judged or samples were chosen")
 
     def _command(self, message: Any) -> Reply:
         if isinstance(message, Reset):

@@ -33,8 +33,8 @@ TAUGHT: tuple[Mode, ...] = ("cloud", "both")
 """Modes in which patches are taken."""
 DECAY = 0.5
 """Share of what a stream has learned on the old base that it keeps on a new one, where it learns itself."""
-WATCHED = 512
-"""Samples after a commit in which a collapse is laid to the new base."""
+WATCHED = 2048
+"""Samples of a bundle's streams after a commit in which a collapse is laid to the new base."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,11 @@ class Bases:
             found, refused = taught.store.load()
             for slot in refused:
                 self._say(host.name, "quarantine", slot.error.code, f"{slot.path.name}: {slot.error.cause}")
-            if found is not None:
-                taught.base = found
-                self._say(host.name, "restore", Reason.START, f"base {found.epoch}.{found.seq}")
+            if found:
+                taught.base = found[0]
+                # It is watched anew: a restart is no proof of it.
+                taught.before, taught.since = (found[1], 0) if len(found) > 1 else (None, WATCHED)
+                self._say(host.name, "restore", Reason.START, f"base {found[0].epoch}.{found[0].seq}")
         self._taught[host.name] = taught
 
     def base(self, bundle: str) -> Base:
@@ -157,7 +159,9 @@ class Bases:
     def admit(self, stream: Stream) -> None:
         """Let a stream that is new, or came back from disk, stand on the committed base."""
         base = self._taught[stream.bundle].base
-        if stream.stands_on != base.order:
+        if stream.stands_on == base.order and base.seq:
+            stream.model.rest_on(base.theta)  # after a restart: what is saved of it was learned on this base
+        elif stream.stands_on != base.order and not stream.suspended:
             stream.adopt(base.theta, base.order, decay=self.decay)
 
     def offer(self, host: Host, epoch: int, seq: int, theta: Vector, report: Report) -> None:
@@ -228,7 +232,7 @@ class Bases:
         taught.base = replace(before, seen_epoch=bad.seen_epoch, seen_seq=bad.seen_seq)
         taught.before = None
         taught.since = WATCHED
-        self._write(host.name, taught)
+        self._write(host.name, taught, back=True)
         self._adopt(host, taught.base)
         self._say(host.name, "rollback", Reason.COLLAPSE, f"base {bad.epoch}.{bad.seq}: {detail}")
         if report is not None:
@@ -261,14 +265,14 @@ class Bases:
 
     def _adopt(self, host: Host, base: Base) -> None:
         for stream in self._streams():
-            if stream.bundle == host.name:
+            if stream.bundle == host.name and not stream.suspended:
                 stream.adopt(base.theta, base.order, decay=self.decay)
 
-    def _write(self, name: str, taught: _Taught) -> bool:
+    def _write(self, name: str, taught: _Taught, *, back: bool = False) -> bool:
         if taught.store is None:
             return True
         try:
-            taught.store.commit(taught.base)
+            (taught.store.go_back if back else taught.store.commit)(taught.base)
         except StateUnwritable as error:
             self._say(name, "disk", Reason.DISK_ERROR, error.cause)
             return False

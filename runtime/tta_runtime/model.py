@@ -390,6 +390,18 @@ class Model:
         self._active = self._start(self.base, 0, self._active.seed)
         self._last_good = None
 
+    def rest_on(self, base: Vector) -> None:
+        """Name the base that theta stands on, which is what `reset` returns to; theta and state stay.
+
+        Args:
+            base: [P] float32, finite.
+
+        Raises:
+            LayoutMismatch, NonFiniteTheta: it is refused.
+        """
+        if self.base is not base:
+            self.base = theta.check(self.manifest.theta, base)
+
     def rebase(self, base: Vector, vector: Vector) -> None:
         """Go on from another base: `reset` returns to it from now on. What is the source stays the source.
 
@@ -400,7 +412,7 @@ class Model:
         Raises:
             LayoutMismatch, NonFiniteTheta: one of them is refused. Nothing is changed then.
         """
-        checked = owned(theta.check(self.manifest.theta, np.asarray(base)))
+        checked = theta.check(self.manifest.theta, base)
         self.swap(vector)
         self.base = checked
 
