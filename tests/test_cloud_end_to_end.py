@@ -174,6 +174,22 @@ def test_an_edge_sends_samples_is_taught_and_keeps_what_it_learned(
         assert not np.array_equal(first, served)
 
 
+def test_samples_are_kept_no_longer_than_they_may(store: Path, bundle: Path, tmp_path: Path) -> None:
+    def count() -> int:
+        return int(read(store, lambda db: db.execute("SELECT count(*) FROM samples").fetchone()[0]))
+
+    options = {"mode": "cloud", "method": "source", "state_dir": str(tmp_path / "a")}
+    with serving(store, bundle) as server:
+        enrol(ticket(server, store), tmp_path / "a")
+        with running(bundle, upload="all", **options) as daemon, Client(daemon.endpoint) as client:
+            client.predict(images(1))
+            until(count)
+    with serving(store, bundle):
+        assert count(), "thirty days have not passed"
+    with serving(store, bundle, retention_days=1e-9):
+        until(lambda: count() == 0)
+
+
 def test_upload_is_off_unless_it_is_asked_for(store: Path, bundle: Path, tmp_path: Path) -> None:
     options = {"mode": "cloud", "method": "source", "state_dir": str(tmp_path / "a")}
     with serving(store, bundle) as server:

@@ -46,8 +46,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Where edges connect. Every connection is encrypted, and only enrolled keys are let in."""
     enroll_bind: str = "tcp://127.0.0.1:7611"
     """Where edges enrol with a token; empty: nowhere."""
-    http: str = ""
-    """HOST:PORT of /metrics, /healthz and /readyz; empty: none."""
     threads: int = 1
     """Of the engines."""
     head_every_s: float = 5.0

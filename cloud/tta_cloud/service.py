@@ -62,6 +62,7 @@ HANDSHAKE_MS = 5000
 LONGEST_WAIT_S = 5.0
 MAX_FRAME = 17 << 20
 SILENCE_S = 60.0
+EXPIRE_EVERY_S = 3600.0
 
 
 class CloudServer:
@@ -106,7 +107,7 @@ class CloudServer:
         self._edges: dict[str, Edge] = {}
         self._rollouts: dict[str, Rollout] = {}
         self._newest: dict[str, Patch] = {}
-        self._heads_due_s = 0.0
+        self._heads_due_s = self._expire_due_s = 0.0
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._context = zmq.Context()
@@ -231,6 +232,10 @@ class CloudServer:
             after = tick(rollout, online.get(group, ()), now_s, self._config.rollout)
             if after is not rollout:
                 self._advance(router, group, after)
+        if now_s >= self._expire_due_s:
+            self._expire_due_s = now_s + EXPIRE_EVERY_S
+            before_ms = self._now_ms() - int(self._config.retention_days * 86_400_000)
+            self._store.submit(samples.expire(before_ms), self._moved)
         if now_s >= self._heads_due_s:
             self._heads_due_s = now_s + self._config.head_every_s
             self._take_notes()
