@@ -21,7 +21,7 @@ from tta_edge.cli import main
 from tta_edge.client import Client
 from tta_edge.exit_codes import ExitCode
 from tta_edge.status_view import duration, events_view, findings, status_form, status_view, streams_view
-from tta_edge.wire import BundleStatus, EventEntry, Requests, StatusReply, StreamStatus
+from tta_edge.wire import BundleStatus, CloudInfo, EventEntry, Requests, StatusReply, StreamStatus
 
 STREAM_KEYS = {"id", "method", "steps", "theta_digest", "distance", "entropy", "state", "last_event"}
 NOBODY = "tcp://127.0.0.1:9"
@@ -350,9 +350,31 @@ def test_a_healthy_daemon_has_no_findings():
     assert findings(status(stream(), stream("cam2", state="source"))) == []
 
 
+def cloud(**changes):
+    values = {
+        "phase": "online", "group": "yard", "problem": "", "stale": False, "head": "1.7", "seen": 100, "chosen": 11,
+        "sent": 10, "refused": 0, "dropped": 0, "waiting": 1, "patches_refused": 0,
+    }  # fmt: skip
+    return CloudInfo(**{**values, **changes})
+
+
+def test_the_link_to_the_cloud_is_shown():
+    text = shown(status_view(status(stream(), cloud=cloud()), "tcp://x"))
+    assert "online, group yard, newest patch 1.7, 10 of 100 samples sent, 1 wait" in text
+    assert findings(status(cloud=cloud())) == []
+    assert "nothing is sent" in shown(status_view(status(cloud=cloud(seen=0)), "tcp://x"))
+    assert "cloud" not in shown(status_view(status(stream()), "tcp://x"))
+
+
 @pytest.mark.parametrize(
     ("reply", "what", "fix"),
     [
+        (
+            status(cloud=cloud(problem="silent: nothing was heard")),
+            "no link to the cloud (silent",
+            "keys list",
+        ),
+        (status(cloud=cloud(stale=True)), "no patch for ten minutes", "hold its messages back"),
         (status(disk_error="No space left on device", state_dir="/s"), "No space left", "Free space"),
         (
             status(stream(state="frozen", last_event="suspend: collapse")),

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tta_edge.events import Reason
-from tta_edge.wire import EventEntry, Requests, StatusReply, StreamStatus
+from tta_edge.wire import CloudInfo, EventEntry, Requests, StatusReply, StreamStatus
 from tta_runtime import errors
 
 STATE_STYLES = {"adapting": "green", "frozen": "bold red", "source": "dim", "off": "yellow"}
@@ -60,6 +60,8 @@ def findings(status: StatusReply) -> list[Finding]:
                 "Free space or correct its permissions; until then a restart forgets what streams learn",
             )
         )
+    if status.cloud is not None:
+        found += _findings_of_cloud(status.cloud)
     for stream in status.streams:
         found += _findings_of(stream, _selector(status, stream), switch=status.adapt)
     if not status.adapt:
@@ -89,6 +91,19 @@ def _findings_of(stream: StreamStatus, selector: str, *, switch: bool) -> Iterab
         )
     if stream.state == "off" and switch:
         yield Finding(f"stream {stream.id} is switched off", f"tta-edge adapt on {selector}", bad=False)
+
+
+def _findings_of_cloud(cloud: CloudInfo) -> Iterable[Finding]:
+    if cloud.problem:
+        yield Finding(
+            f"no link to the cloud ({cloud.problem}); what was taught goes on serving",
+            "Look whether tta-cloud serve runs and is reachable, and tta-cloud keys list shows this edge as active",
+        )
+    elif cloud.stale:
+        yield Finding(
+            "the cloud has told of no patch for ten minutes, though the link is up",
+            "Somebody may hold its messages back: look at its log, and at what stands between",
+        )
 
 
 def _quarantined(stream: StreamStatus) -> str:
@@ -154,7 +169,19 @@ def facts(status: StatusReply, to: str) -> RenderableType:
         else NOTHING_KEPT
     )
     table.add_row("state", kept)
+    if status.cloud is not None:
+        table.add_row("cloud", cloud_line(status.cloud))
     return table
+
+
+def cloud_line(cloud: CloudInfo) -> str:
+    """The link in short."""
+    sent = (
+        f"{cloud.sent} of {cloud.seen} samples sent, {cloud.waiting} wait"
+        if cloud.seen
+        else "nothing is sent"
+    )
+    return f"{cloud.phase}, group {cloud.group}, newest patch {cloud.head or '-'}, {sent}"
 
 
 NOTHING_KEPT = "in memory only: a restart forgets what streams learn (set state_dir)"
@@ -175,10 +202,11 @@ def latency(status: StatusReply) -> str:
 
 def bundle_table(status: StatusReply) -> Table:
     """What is served."""
-    table = plain_table("bundle", "model", "method", "runs on", "digest", "loads")
+    table = plain_table("bundle", "model", "method", "runs on", "digest", "base", "loads")
     for bundle in status.bundles:
         table.add_row(
-            bundle.name, bundle.model_id, bundle.method, bundle.provider, bundle.digest[:12], str(bundle.loads)
+            bundle.name, bundle.model_id, bundle.method, bundle.provider, bundle.digest[:12], bundle.base or "-",
+            str(bundle.loads),
         )  # fmt: skip
     return table
 
