@@ -42,6 +42,8 @@ class LearnerOptions:
         student_lr: learning rate of the student.
         teacher_lr: of the teacher; 0 leaves the teacher as it is but for its running statistics.
         adapt_teacher: whether the teacher steps at all.
+        teacher_replay: whether its step sees remembered samples beside the new ones. The paper's sees the new ones
+            only; where labels come in runs that teaches it one class at a time.
         alpha: weight of the student's own entropy.
         beta: weight of the divergence from the teacher.
         gamma: weight of the teacher's label.
@@ -54,6 +56,7 @@ class LearnerOptions:
     student_lr: float = 2.5e-3
     teacher_lr: float = 2.5e-4
     adapt_teacher: bool = True
+    teacher_replay: bool = True
     alpha: float = 0.0
     beta: float = 3.0
     gamma: float = 1.0
@@ -191,8 +194,10 @@ class Learner:
         """The report of the student's last step; None if something was not finite, and then it is to be undone."""
         if self.options.adapt_teacher:
             # No divergence counts here.
-            nothing = np.zeros((len(new), self._teacher.manifest.classes), dtype=np.float32)
-            if not _committed(self._teacher, self._teacher.step(new, target=nothing)):
+            first = draws[0] if draws and self.options.teacher_replay else None
+            seen = new if first is None else np.concatenate([new, first])
+            nothing = np.zeros((len(seen), self._teacher.manifest.classes), dtype=np.float32)
+            if not _committed(self._teacher, self._teacher.step(seen, target=nothing)):
                 return None
         report: Mapping[str, float] = {}
         for draw in draws:
