@@ -70,7 +70,8 @@ class Lockstep:
         learner = Learner(
             self.engines, self.teacher,
             LearnerOptions(
-                replay=args.replay, rounds=args.rounds, adapt_teacher=not args.frozen_teacher, alpha=args.alpha,
+                replay=args.replay, rounds=args.rounds, adapt_teacher=not args.frozen_teacher,
+                teacher_replay=not args.paper_teacher, alpha=args.alpha,
                 beta=args.beta, gamma=args.gamma,
             ),
         )  # fmt: skip
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=3.0)
     parser.add_argument("--gamma", type=float, default=1.0)
     parser.add_argument("--frozen-teacher", action="store_true")
+    parser.add_argument("--paper-teacher", action="store_true", help="its step sees new samples only")
     parser.add_argument("--probation", type=int, default=64)
     parser.add_argument("--gate-samples", type=int, default=16)
     parser.add_argument("--max-distance", type=float, default=1.0)
