@@ -19,7 +19,7 @@ import exported
 from networks import SIZE
 from running import PATIENCE_S, process_environment, running
 from serving import until
-from tta_cloud import control, identity, ledger
+from tta_cloud import control, edges, identity, ledger
 from tta_cloud.config import Config
 from tta_cloud.control import LetEnrol, ShutOut
 from tta_cloud.learner import LearnerOptions
@@ -85,7 +85,7 @@ def ticket(
     server: CloudServer, store: Path, name: str = "camera", group: str = "yard", expires_ms: int = FAR_MS
 ) -> str:
     secret = f"{name}-secret-of-some-length"
-    control.leave(store, LetEnrol(control.hash_of(secret), name, group, expires_ms))
+    control.leave(store, LetEnrol(edges.hash_of(secret), name, group, expires_ms))
     key = identity.load(store).curve_public
     return encode_ticket(Ticket(door=server.door, server_key=key, secret=secret, name=name))
 

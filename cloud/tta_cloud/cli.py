@@ -147,7 +147,7 @@ def enroll(
 
     identity, secret = load(store), edges.new_token()
     expires_ms = int((time.time() + hours * 3600) * 1000)
-    control.leave(store, control.LetEnrol(control.hash_of(secret), name, group, expires_ms))
+    control.leave(store, control.LetEnrol(edges.hash_of(secret), name, group, expires_ms))
     token = encode_ticket(Ticket(door=door, server_key=identity.curve_public, secret=secret, name=name))
     if as_json:
         _print({"name": name, "group": group, "token": token, "expires_ms": expires_ms})

@@ -6,7 +6,6 @@ file; the service makes it durable and deletes the file. Without a service the n
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,11 +36,6 @@ class ShutOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="shut
 
 
 Note = LetEnrol | ShutOut
-
-
-def hash_of(token: str) -> bytes:
-    """What is kept of a token."""
-    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
 
 
 def leave(store: Path, note: Note) -> None:

@@ -157,7 +157,7 @@ def issue(token: str, name: str, group: str, *, expires_ms: int) -> Operation[No
     Raises:
         BadRecord: a value is out of range.
     """
-    return admit(_hash(token), name, group, expires_ms=expires_ms)
+    return admit(hash_of(token), name, group, expires_ms=expires_ms)
 
 
 def admit(digest: bytes, name: str, group: str, *, expires_ms: int) -> Operation[None]:
@@ -196,7 +196,7 @@ def enrol(token: str, key: str, *, now_ms: int) -> Operation[Edge]:
     Raises:
         UnknownToken, TokenExpired, TokenUsed, EdgeExists, EdgeRevoked, BadRecord: raised by the operation.
     """
-    digest = _hash(token)
+    digest = hash_of(token)
 
     def run(db: sqlite3.Connection) -> Edge:
         found = _matching(db, digest)
@@ -286,7 +286,8 @@ def _put_token(db: sqlite3.Connection, token: Token) -> None:
     db.execute(f"INSERT OR REPLACE INTO tokens ({_TOKEN}) VALUES ({marks})", (*values, seal(*values)))
 
 
-def _hash(token: str) -> bytes:
+def hash_of(token: str) -> bytes:
+    """What is kept of a token."""
     return hashlib.sha256(token.encode("utf-8", "replace")).digest()
 
 

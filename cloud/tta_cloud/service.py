@@ -108,6 +108,7 @@ class CloudServer:
         self._rollouts: dict[str, Rollout] = {}
         self._newest: dict[str, Patch] = {}
         self._heads_due_s = self._expire_due_s = 0.0
+        self._served: dict[str, Patch] = {}
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._context = zmq.Context()
@@ -556,7 +557,6 @@ class CloudServer:
 
     def _load(self) -> None:
         """What was durable when the service ended."""
-        self._served: dict[str, Patch] = {}
         self._refresh()
         for group in {edge.group for edge in self._edges.values()}:
             self._recall(group)

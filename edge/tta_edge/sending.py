@@ -15,7 +15,7 @@ from tta_edge.spool_file import Sample
 from tta_edge.upload import FILTERS, Filter, RateLimit
 from tta_runtime.numerics import entropy
 
-Upload_ = Literal["off", "budgeted", "cema", "released", "random", "all"]
+UploadKind = Literal["off", "budgeted", "cema", "released", "random", "all"]
 KNOWN_STREAMS = 4096
 """Streams whose filter is remembered; beyond it the one that was not heard of for the longest begins anew."""
 
@@ -39,7 +39,7 @@ class Sender:
 
     def __init__(
         self,
-        kind: Upload_,
+        kind: UploadKind,
         *,
         share: float,
         samples_per_minute: int,
@@ -47,7 +47,7 @@ class Sender:
         send: Callable[[list[Sample]], None],
         seed: int,
     ) -> None:
-        self._kind: Upload_ = kind
+        self._kind: UploadKind = kind
         self._share = share
         self._send = send
         self._draw = np.random.default_rng(seed)
