@@ -110,6 +110,16 @@ def test_a_ticket_lets_one_edge_in_once(store: Path, bundle: Path, tmp_path: Pat
     assert not list((store / "control").glob("*.note"))
 
 
+def test_a_note_that_was_taken_twice_does_not_let_a_used_token_in_again(
+    store: Path, bundle: Path, tmp_path: Path
+) -> None:
+    """As after a kill between taking a command's note and deleting it."""
+    with serving(store, bundle) as server:
+        enrol(ticket(server, store), tmp_path / "a")
+        with pytest.raises(EnrolmentRefused, match="another edge"):
+            enrol(ticket(server, store), tmp_path / "b")
+
+
 def test_a_token_that_was_never_issued_or_is_too_old_is_refused(
     store: Path, bundle: Path, tmp_path: Path
 ) -> None:

@@ -161,13 +161,18 @@ def issue(token: str, name: str, group: str, *, expires_ms: int) -> Operation[No
 
 
 def admit(digest: bytes, name: str, group: str, *, expires_ms: int) -> Operation[None]:
-    """`issue` where only the token's hash is at hand.
+    """`issue` where only the token's hash is at hand. A token that is known stays as it is: used ones stay used.
 
     Raises:
         BadRecord: a value is out of range.
     """
     made = checked(Token(hash=digest, name=name, group=group, expires_ms=expires_ms))
-    return Operation("edges.issue", lambda db: _put_token(db, made))
+
+    def run(db: sqlite3.Connection) -> None:
+        if db.execute("SELECT 1 FROM tokens WHERE hash = ?", (digest,)).fetchone() is None:
+            _put_token(db, made)
+
+    return Operation("edges.issue", run)
 
 
 def withdraw(name: str) -> Operation[int]:

@@ -153,12 +153,14 @@ class School:
         """
         group = self._groups.get(name) or self._open(name)
         self._groups[name] = group
+        options = self._config.learner
+        if self._store.read(lambda db: samples.totals(db, name)).unused < options.new:
+            return False  # every sample that comes asks; most of them need not have all the others read
         waiting = self._store.read(lambda db: samples.unused(db, name, SCANNED))
         if waiting.damaged:
             self._store.call(samples.discard(waiting.damaged))
         held = [each for each in waiting.samples if held_out(each.sample.key)]
         fresh = [each for each in waiting.samples if not held_out(each.sample.key)]
-        options = self._config.learner
         taken = balanced([each.sample.edge for each in fresh], options.new, self._config.intake.max_share)
         if len(taken) < options.new:
             # One edge alone may not fill a round where others are; what it has waits for theirs.

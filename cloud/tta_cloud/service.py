@@ -1,7 +1,7 @@
 """The cloud service: sockets, and who does what. One thread owns all sockets; storing and learning have their own.
 
-The network thread never waits for either: what they have to say comes through a queue, and a byte on an in-process pair
-wakes the poller.
+The network thread does not wait for either, except for the commit of what a command has asked for: what they have to
+say comes through a queue, and a byte on an in-process pair wakes the poller.
 """
 
 from __future__ import annotations
@@ -145,15 +145,15 @@ class CloudServer:
         try:
             authority = self._context.socket(zmq.REP)
             authority.bind(zap.ENDPOINT)
-            router, self.endpoint = self._bound(self._config.bind, EDGES)
-            sockets = {router: self._session}
+            self._router, self.endpoint = self._bound(self._config.bind, EDGES)
+            sockets = {self._router: self._session}
             if self._config.enroll_bind:
                 other, self.door = self._bound(self._config.enroll_bind, DOOR)
                 sockets[other] = self._door
             self._school.start({edge.group for edge in self._edges.values()})
             self.ready.set()
             self.on_ready()
-            self._loop(authority, router, sockets)
+            self._loop(authority, sockets)
         finally:
             self._school.close()
             self._store.close()
@@ -166,9 +166,7 @@ class CloudServer:
 
     # ------------------------------------------------------------------------------------------ the loop
 
-    def _loop(
-        self, authority: zmq.Socket[bytes], router: zmq.Socket[bytes], sockets: dict[Any, CloudSession]
-    ) -> None:
+    def _loop(self, authority: zmq.Socket[bytes], sockets: dict[Any, CloudSession]) -> None:
         poller = zmq.Poller()
         for socket in (authority, self._wakes, *sockets):
             poller.register(socket, zmq.POLLIN)
@@ -185,9 +183,8 @@ class CloudServer:
             for socket, session in sockets.items():
                 if socket in ready:
                     self._receive(socket, session)
-            self._out = router
-            self._run_calls(sockets)
-            self._tick(router, time.monotonic())
+            self._run_calls()
+            self._tick(time.monotonic())
 
     def _receive(self, socket: zmq.Socket[bytes], session: CloudSession) -> None:
         for _ in range(HWM):
@@ -217,7 +214,7 @@ class CloudServer:
                 log.debug("cannot send: %s", error)
                 session.gone(bytes(frames[0]))
 
-    def _run_calls(self, sockets: dict[Any, CloudSession]) -> None:
+    def _run_calls(self) -> None:
         while True:
             try:
                 call = self._calls.get_nowait()
@@ -225,14 +222,14 @@ class CloudServer:
                 return
             call()
 
-    def _tick(self, router: zmq.Socket[bytes], now_s: float) -> None:
+    def _tick(self, now_s: float) -> None:
         for gone in (*self._session.tick(now_s), *self._door.tick(now_s)):
             log.info("edge %s has gone: %s", self._name(gone.user), gone.reason)
         online = self._online()
         for group, rollout in list(self._rollouts.items()):
             after = tick(rollout, online.get(group, ()), now_s, self._config.rollout)
             if after is not rollout:
-                self._advance(router, group, after)
+                self._advance(group, after)
         if now_s >= self._expire_due_s:
             self._expire_due_s = now_s + EXPIRE_EVERY_S
             before_ms = self._now_ms() - int(self._config.retention_days * 86_400_000)
@@ -241,7 +238,7 @@ class CloudServer:
             self._heads_due_s = now_s + self._config.head_every_s
             self._take_notes()
             for group in online:
-                self._push_head(router, group)
+                self._push_head(group)
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -287,7 +284,7 @@ class CloudServer:
         )
         self._send(socket, session, session.answer(arrived, welcome))
         self._seen(edge, message.epoch, message.seq, message.theta_digest, "")
-        self._push_head(socket, edge.group, only=arrived.user)
+        self._push_head(edge.group, only=arrived.user)
 
     def _sample(
         self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: Sample
@@ -372,7 +369,7 @@ class CloudServer:
                 rollout, edge.key, message.state, message.reason, time.monotonic(), self._config.rollout,
                 offered=len(self._online().get(edge.group, ())),
             )  # fmt: skip
-            self._advance(socket, edge.group, after)
+            self._advance(edge.group, after)
 
     def _get_root(
         self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: GetRoot
@@ -428,14 +425,14 @@ class CloudServer:
         self._newest_before(group, before)
         self._newest[group] = patch
         log.info("group %s: patch %d, %s", group, patch.entry.seq, rollout.stage.value)
-        self._advance(self._out, group, rollout)
+        self._advance(group, rollout)
 
     def _newest_before(self, group: str, before: Rollout | None) -> None:
         """What the group has while the new one is with canaries."""
         if before is not None and before.stage is Stage.GROUP and group in self._newest:
             self._served[group] = self._newest[group]
 
-    def _advance(self, socket: zmq.Socket[bytes], group: str, rollout: Rollout) -> None:
+    def _advance(self, group: str, rollout: Rollout) -> None:
         before = self._rollouts.get(group)
         self._rollouts[group] = rollout
         patch = self._newest[group]
@@ -447,7 +444,7 @@ class CloudServer:
             self._store.submit(ledger.move(group, entry.epoch, entry.seq, state, why), self._moved)  # type: ignore[arg-type]
             if rollout.stage is Stage.STOPPED:
                 log.warning("group %s: patch %d is stopped: %s", group, entry.seq, why)
-            self._push_head(socket, group)
+            self._push_head(group)
 
     def _moved(self, outcome: Outcome[Any]) -> None:
         try:
@@ -462,7 +459,7 @@ class CloudServer:
             return self._newest[edge.group]
         return self._served.get(edge.group)
 
-    def _push_head(self, socket: zmq.Socket[bytes], group: str, *, only: str = "") -> None:
+    def _push_head(self, group: str, *, only: str = "") -> None:
         """Tell edges what is the newest patch for them; canaries may have a newer one than the others."""
         by_patch: dict[int, tuple[Patch | None, list[str]]] = {}
         for user in [only] if only else self._online().get(group, []):
@@ -482,7 +479,7 @@ class CloudServer:
             )
             sealed = _bytes(seals.encode(head))
             message = HeadMessage(sealed=declare(sealed))
-            self._send(socket, self._session, self._session.push(users, message, {"sealed": sealed}))
+            self._send(self._router, self._session, self._session.push(users, message, {"sealed": sealed}))
 
     # ------------------------------------------------------------------------------------------ edges
 
@@ -508,10 +505,6 @@ class CloudServer:
             self._take_notes()
             return ""  # a token decides
         found = self._edges.get(key)
-        if found is None or found.state != "active":
-            # It may have been enrolled, or let in again, by a command since.
-            self._refresh()
-            found = self._edges.get(key)
         if found is None:
             return "the key is not enrolled"
         return "" if found.state == "active" else f"the key is {found.state}"

@@ -33,7 +33,7 @@ from tta_runtime import theta as thetas
 from tta_runtime.bundle import Bundle
 from tta_runtime.errors import PatchError, TtaError
 from tta_runtime.link import Hello
-from tta_runtime.patch import Head, Patch, Trust, verify_body, verify_head, verify_patch
+from tta_runtime.patch import Head, Trust, verify_body, verify_head, verify_payload
 from tta_runtime.theta import Vector
 
 log = logging.getLogger(__name__)
@@ -310,22 +310,18 @@ class CloudLink:
         self._uplink.newest(self._head.epoch, self._head.seq)
 
     def _take_patch(self, data: bytes, payload: memoryview) -> None:
-        sealed, trust, manifest = seals.decode(data), self._trust(), self._bundle.manifest
-        body: Patch | None = None
+        body = verify_body(seals.decode(data), self._trust())
+        # From here it is the publisher's own word: what is wrong with it would be no better the next time.
+        self._uplink.have(body.epoch, body.seq)
+        bundle = self._bundle
         try:
-            body = verify_body(sealed, trust)
-            found = verify_patch(
-                sealed, payload, trust, manifest.theta, self._bundle.theta0, max_distance=self._max_distance
+            found = verify_payload(
+                body, payload, bundle.manifest.theta, bundle.theta0, max_distance=self._max_distance
             )
         except PatchError as error:
-            if body is not None:  # it is the publisher's own word; it would be no better the next time
-                self._uplink.have(body.epoch, body.seq)
-                self._report(
-                    Progress(body.epoch, body.seq, "refused", error.code, error.cause, self._digest())
-                )
+            self._report(Progress(body.epoch, body.seq, "refused", error.code, error.cause, self._digest()))
             raise
-        self._uplink.have(found.patch.epoch, found.patch.seq)
-        self._offer(found.patch.epoch, found.patch.seq, found.theta, self._report_later)
+        self._offer(body.epoch, body.seq, found.theta, self._report_later)
 
     def _take_root(self, data: bytes) -> None:
         self._enrolment = self._enrolment.follow(seals.decode(data), time.time())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -32,7 +32,6 @@ class Sender:
         seed: of what is left to chance.
 
     Attributes:
-        reasons: how often a sample was not sent, and why.
         chosen: how many were sent.
         seen: how many were looked at.
     """
@@ -53,7 +52,6 @@ class Sender:
         self._draw = np.random.default_rng(seed)
         self._limit = RateLimit(samples_per_minute, bytes_per_minute)
         self._filters: OrderedDict[str, Filter] = OrderedDict()
-        self.reasons: Counter[str] = Counter()
         self.chosen = 0
         self.seen = 0
 
@@ -73,12 +71,10 @@ class Sender:
         while len(self._filters) > KNOWN_STREAMS:
             self._filters.popitem(last=False)
         self.seen += len(logits)
-        self.reasons.update(reason for reason in choice.reasons if reason)
         h, uploads = entropy(logits), []
         for i in np.flatnonzero(choice.keep):
             allowed, self._limit = self._limit.take(x[i].nbytes, time.monotonic())
             if not allowed:
-                self.reasons["rate"] += 1
                 continue
             sample = np.ascontiguousarray(x[i])
             now_ms = int(time.time() * 1000)

@@ -197,7 +197,24 @@ def verify_patch(
     Raises:
         PatchError: the subclass that names the rule; nothing has changed.
     """
-    patch = verify_body(sealed, trust)
+    return verify_payload(verify_body(sealed, trust), payload, layout, theta0, max_distance=max_distance)
+
+
+def verify_payload(
+    patch: Patch, payload: bytes | memoryview, layout: ThetaLayout, theta0: Vector, *, max_distance: float
+) -> Verified:
+    """The theta of a patch whose body has been verified.
+
+    Args:
+        patch: from `verify_body`.
+        payload: as received.
+        layout: of the bundle at hand.
+        theta0: [P], its source theta.
+        max_distance: radius of the ball around the source, as relative L2 distance.
+
+    Raises:
+        PatchError: the subclass that names the rule (P8 to P11).
+    """
     if patch.size != layout.size:  # P8
         raise PayloadMismatch(
             f"the patch has {patch.size} elements, theta has {layout.size}", "It was made for another bundle"
