@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ import zmq.utils.z85
 
 from tta_cloud.errors import IdentityExists, IdentityMissing
 from tta_runtime import sealed as seals
-from tta_runtime.atomic import write_atomic
-from tta_runtime.errors import KeyExposed, KeyFileRefused
+from tta_runtime.errors import KeyFileRefused
 from tta_runtime.files import reason
-from tta_runtime.root import Root, first_root, make_root, named, next_root
+from tta_runtime.root import Root, chain, make_root, named, next_root
 from tta_runtime.sealed import Sealed
-from tta_runtime.signing import SecretKey
+from tta_runtime.signing import SecretKey, read_secret, write_secret
 
 LIFE_S = 365 * 86_400
 """How long a root may be adopted anew."""
@@ -72,7 +70,7 @@ def create(store: Path, now_s: float | None = None) -> Identity:
             f"{directory} cannot be made: {reason(error)}", "Choose another --store"
         ) from error
     _, secret = zmq.curve_keypair()
-    _write(directory / "curve.key", secret + b"\n")
+    write_secret(directory / "curve.key", secret + b"\n")
     root_key, publisher = SecretKey.generate(), SecretKey.generate()
     root_key.save(directory / "root.key")
     publisher.save(directory / "publisher.key")
@@ -85,7 +83,7 @@ def create(store: Path, now_s: float | None = None) -> Identity:
         publisher_threshold=1,
         not_after_s=int((time.time() if now_s is None else now_s) + LIFE_S),
     )
-    _write(directory / ROOTS / "1.root", seals.encode(make_root(root, [root_key])))
+    write_secret(directory / ROOTS / "1.root", seals.encode(make_root(root, [root_key])))
     return load(store)
 
 
@@ -102,22 +100,16 @@ def load(store: Path) -> Identity:
         raise IdentityMissing(
             f"there are no keys in {directory}", f"Run `tta-cloud keys init --store {store}`"
         )
-    secret = _read(directory / "curve.key").strip()
+    secret = read_secret(directory / "curve.key", _Z85_CHARS + 1).strip()
     if len(secret) != _Z85_CHARS:
         raise KeyFileRefused(f"{directory / 'curve.key'} holds no CURVE key", "Restore it from a copy")
     public = zmq.curve_public(secret)
     files = sorted((directory / ROOTS).glob("*.root"), key=lambda path: int(path.stem))
-    roots: list[tuple[Root, Sealed]] = []
-    for path in files:
-        sealed = seals.decode(path.read_bytes())
-        # Those of the store were adopted when they were made: their time does not end them.
-        root = next_root(roots[-1][0], sealed, now_s=0) if roots else first_root(sealed)
-        roots.append((root, sealed))
+    kept = [seals.decode(path.read_bytes()) for path in files]
+    roots = tuple(zip(chain(kept), kept, strict=True))
     if not roots:
         raise IdentityMissing(f"there is no root in {directory / ROOTS}", "Restore the directory from a copy")
-    return Identity(
-        public.decode(), secret.decode(), SecretKey.load(directory / "publisher.key"), tuple(roots)
-    )
+    return Identity(public.decode(), secret.decode(), SecretKey.load(directory / "publisher.key"), roots)
 
 
 def rotate(store: Path, root_keys: Sequence[Path], *, now_s: float | None = None) -> Identity:
@@ -146,26 +138,6 @@ def rotate(store: Path, root_keys: Sequence[Path], *, now_s: float | None = None
     next_root(before.root, sealed, now_s=0)  # refused here rather than by every edge
     staged = directory / f"publisher.{root.version}.key"
     publisher.save(staged)
-    _write(directory / ROOTS / f"{root.version}.root", seals.encode(sealed))
+    write_secret(directory / ROOTS / f"{root.version}.root", seals.encode(sealed))
     os.replace(staged, directory / "publisher.key")
     return load(store)
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        write_atomic(path, data, mode=0o600)
-    except OSError as error:
-        raise KeyFileRefused(f"{path} cannot be written: {reason(error)}", "Correct --store") from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        mode = path.lstat().st_mode
-        data = path.read_bytes()
-    except OSError as error:
-        raise KeyFileRefused(f"{path} cannot be read: {reason(error)}", "Correct its owner") from error
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise KeyExposed(
-            f"{path} has the mode {stat.S_IMODE(mode):04o}, others can use it", f"chmod 600 {path}"
-        )
-    return data

@@ -286,7 +286,6 @@ class School:
         return _Group(learner, generation, head, held=held)
 
     def _theta(self, name: str, patch: Patch) -> Vector:
-        signatures = msgspec.msgpack.decode(patch.signatures, type=tuple[SignatureEntry, ...])
         root = next(
             (root for root, _ in reversed(self._identity.roots) if root.epoch == patch.entry.epoch),
             self._identity.root,
@@ -296,7 +295,7 @@ class School:
         )
         bundle = self._student.bundle
         verified = verify_patch(
-            Sealed(patch.body, signatures), patch.payload, trust, bundle.manifest.theta, bundle.theta0,
+            sealed_of(patch), patch.payload, trust, bundle.manifest.theta, bundle.theta0,
             max_distance=float("inf"),
         )  # fmt: skip
         return verified.theta
@@ -306,6 +305,11 @@ class School:
 
     def _now_ms(self) -> int:
         return int(self._clock_s() * 1000)
+
+
+def sealed_of(patch: Patch) -> Sealed:
+    """What was signed of a patch in the ledger, with its signatures."""
+    return Sealed(patch.body, msgspec.msgpack.decode(patch.signatures, type=tuple[SignatureEntry, ...]))
 
 
 def _held(db: sqlite3.Connection, group: str) -> list[Stored]:

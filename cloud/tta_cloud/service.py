@@ -27,7 +27,7 @@ from tta_cloud.operations import Outcome
 from tta_cloud.records import Edge, Patch
 from tta_cloud.records import Sample as StoredSample
 from tta_cloud.rollout import Rollout, Stage, begin, progress, tick
-from tta_cloud.school import Published, School
+from tta_cloud.school import Published, School, sealed_of
 from tta_cloud.session import Arrived, CloudSession, Frames, Gone, SessionOptions
 from tta_cloud.store import Store, StoreEvent
 from tta_runtime import __version__
@@ -50,7 +50,6 @@ from tta_runtime.link import (
 )
 from tta_runtime.model import Engines, Model
 from tta_runtime.patch import body_sha256, make_head
-from tta_runtime.sealed import Sealed, SignatureEntry
 from tta_runtime.wire import declare
 
 log = logging.getLogger(__name__)
@@ -474,7 +473,7 @@ class CloudServer:
                 channel=group,
                 epoch=epoch,
                 seq=seq if current else 0,
-                newest=body_sha256(Sealed(patch.body, ())) if patch is not None and current else "",
+                newest=body_sha256(sealed_of(patch)) if patch is not None and current else "",
                 issued_s=int(self._clock_s()),
             )
             sealed = _bytes(seals.encode(head))
@@ -606,8 +605,7 @@ def _bytes(data: bytes) -> np.ndarray:
 
 
 def _patch_message(patch: Patch, request_id: int | None) -> tuple[PatchMessage, dict[str, np.ndarray]]:
-    signatures = msgspec.msgpack.decode(patch.signatures, type=tuple[SignatureEntry, ...])
-    sealed = _bytes(seals.encode(Sealed(patch.body, signatures)))
+    sealed = _bytes(seals.encode(sealed_of(patch)))
     payload = _bytes(patch.payload)
     tensors = {"sealed": sealed, "payload": payload}
     return PatchMessage(id=request_id, sealed=declare(sealed), payload=declare(payload)), tensors

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,14 @@ import zmq
 
 from tta_edge.errors import CloudUnreachable, EnrolmentRefused, NotEnrolled
 from tta_runtime import sealed as seals
-from tta_runtime.atomic import make_durable, write_atomic
+from tta_runtime.atomic import make_durable
 from tta_runtime.enrolment import decode_ticket
-from tta_runtime.errors import KeyExposed, KeyFileRefused, PatchError, WireError
+from tta_runtime.errors import KeyFileRefused, PatchError, WireError
 from tta_runtime.files import read_at_most, reason
 from tta_runtime.link import Enroll, Enrolled, Refusal, decode_from_cloud, encode_message
-from tta_runtime.root import Root, first_root, next_root
+from tta_runtime.root import Root, chain, first_root, next_root
 from tta_runtime.sealed import MAX_BODY_BYTES, Sealed
+from tta_runtime.signing import read_secret, write_secret
 
 DIRECTORY = "cloud"
 WAIT_S = 10.0
@@ -69,7 +68,7 @@ class Enrolment:
             KeyFileRefused: it cannot be written; the one before stays.
         """
         root = next_root(self.root, sealed, now_s=now_s)
-        _write(self.directory / f"{root.version}.root", seals.encode(sealed))
+        write_secret(self.directory / f"{root.version}.root", seals.encode(sealed))
         return Enrolment(self.directory, self.link, self.public, self.secret, (*self.roots, root))
 
 
@@ -95,10 +94,7 @@ def load(state_dir: Path) -> Enrolment:
         raise KeyFileRefused(f"{directory} cannot be used: {reason(error)}", "Enrol anew") from error
     if not sealed:
         raise KeyFileRefused(f"{directory} holds no root", "Enrol anew")
-    roots = [first_root(sealed[0])]
-    for each in sealed[1:]:
-        roots.append(next_root(roots[-1], each, now_s=0))  # they were adopted in their time
-    return Enrolment(directory, link, zmq.curve_public(secret), secret, tuple(roots))
+    return Enrolment(directory, link, zmq.curve_public(secret), secret, tuple(chain(sealed)))
 
 
 def enrol(token: str, state_dir: Path, *, wait_s: float = WAIT_S) -> Enrolment:
@@ -126,14 +122,14 @@ def enrol(token: str, state_dir: Path, *, wait_s: float = WAIT_S) -> Enrolment:
         ) from error
     if not (directory / "edge.key").is_file():
         _, secret = zmq.curve_keypair()
-        _write(directory / "edge.key", secret + b"\n")
+        write_secret(directory / "edge.key", secret + b"\n")
     secret = _secret(directory / "edge.key")
     question = Enroll(id=1, token=ticket.secret, name=ticket.name)
     answer, sealed = _ask(ticket.door, ticket.server_key, secret, question, wait_s)
     root = first_root(sealed)
-    _write(directory / f"{root.version}.root", seals.encode(sealed))
+    write_secret(directory / f"{root.version}.root", seals.encode(sealed))
     link = Link(endpoint=answer.endpoint, server_key=ticket.server_key, group=answer.group, name=ticket.name)
-    _write(directory / "link.json", msgspec.json.encode(link))  # last: now it is whole
+    write_secret(directory / "link.json", msgspec.json.encode(link))  # last: now it is whole
     return load(state_dir)
 
 
@@ -178,22 +174,8 @@ def _ask(
         context.term()
 
 
-def _write(path: Path, data: bytes) -> None:
-    try:
-        write_atomic(path, data, mode=0o600)
-    except OSError as error:
-        raise KeyFileRefused(
-            f"{path} cannot be written: {reason(error)}", "Correct the state directory"
-        ) from error
-
-
 def _secret(path: Path) -> bytes:
-    mode = path.lstat().st_mode
-    data = read_at_most(path, 64).strip()
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise KeyExposed(
-            f"{path} has the mode {stat.S_IMODE(mode):04o}, others can use it", f"chmod 600 {path}"
-        )
+    data = read_secret(path, _KEY_CHARS + 1).strip()
     if len(data) != _KEY_CHARS:
         raise KeyFileRefused(f"{path} holds no key", "Delete it and enrol anew")
     return data

@@ -93,6 +93,21 @@ def next_root(current: Root, sealed: Sealed, *, now_s: float) -> Root:
     return root
 
 
+def chain(kept: Sequence[Sealed]) -> list[Root]:
+    """The roots that were adopted one after the other, from what was kept of them; their time does not end them.
+
+    Args:
+        kept: oldest first.
+
+    Raises:
+        PatchError: one does not follow the one before.
+    """
+    roots: list[Root] = []
+    for sealed in kept:
+        roots.append(next_root(roots[-1], sealed, now_s=0) if roots else first_root(sealed))
+    return roots
+
+
 def make_root(root: Root, keys: Sequence[SecretKey]) -> Sealed:
     """A signed root; for the first one its own root keys sign, for the next ones the old and the new.
 

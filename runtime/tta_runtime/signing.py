@@ -36,6 +36,44 @@ class Signature:
     value: bytes
 
 
+def read_secret(path: Path, limit: int) -> bytes:
+    """The content of a file that only its owner may read, or its first `limit` + 1 bytes.
+
+    Raises:
+        KeyExposed: others than its owner may read or write the file.
+        KeyFileRefused: it cannot be read, or is a symbolic link.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        with os.fdopen(fd, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise KeyFileRefused(
+            f"the key file {path} cannot be read: {reason(error)}", "Name the file that holds the key"
+        ) from error
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise KeyExposed(
+            f"the key file {path} has the mode {stat.S_IMODE(mode):04o}, others can use it",
+            f"chmod 600 {path}, and replace the key if others have had it",
+        )
+    return data
+
+
+def write_secret(path: Path, data: bytes, disk: Disk = DISK) -> None:
+    """Write a file that only its owner can read.
+
+    Raises:
+        KeyFileRefused: it cannot be written.
+    """
+    try:
+        write_atomic(path, data, mode=0o600, disk=disk)
+    except OSError as error:
+        raise KeyFileRefused(
+            f"the key file {path} cannot be written: {reason(error)}", "Choose another place"
+        ) from error
+
+
 def key_id(public: bytes) -> str:
     """Name of a public key: the first 16 bytes of its sha256, in hex."""
     return hashlib.sha256(public).hexdigest()[:KEY_ID_CHARS]
@@ -71,20 +109,7 @@ class SecretKey:
             KeyExposed: others than its owner may read or write the file.
             KeyFileRefused: it cannot be read, is a symbolic link, or is no key.
         """
-        try:
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-            with os.fdopen(fd, "rb") as file:
-                mode = os.fstat(file.fileno()).st_mode
-                data = file.read(_MAX_FILE + 1)
-        except OSError as error:
-            raise KeyFileRefused(
-                f"the key file {path} cannot be read: {reason(error)}", "Name the file that holds the key"
-            ) from error
-        if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise KeyExposed(
-                f"the key file {path} has the mode {stat.S_IMODE(mode):04o}, others can use it",
-                f"chmod 600 {path}, and replace the key if others have had it",
-            )
+        data = read_secret(path, _MAX_FILE)
         lines = data.decode("ascii", "replace").split("\n")
         try:
             secret = (
@@ -111,12 +136,7 @@ class SecretKey:
         secret = self._key.private_bytes(
             serialization.Encoding.Raw, serialization.PrivateFormat.Raw, serialization.NoEncryption()
         )
-        try:
-            write_atomic(path, f"{HEADER}\n{secret.hex()}\n".encode("ascii"), mode=0o600, disk=disk)
-        except OSError as error:
-            raise KeyFileRefused(
-                f"the key file {path} cannot be written: {reason(error)}", "Choose another place"
-            ) from error
+        write_secret(path, f"{HEADER}\n{secret.hex()}\n".encode("ascii"), disk)
 
     def sign(self, domain: bytes, message: bytes) -> Signature:
         """The signature of a message of one kind.
