@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import msgpack
 import msgspec
 
 from .errors import MalformedBody
+from .packed import unpack
 from .signing import MAX_SIGNATURES, SecretKey, Signature
 
 MAX_BODY_BYTES = 8192
@@ -91,22 +91,10 @@ def _map(data: bytes, limit: int, *, binary: int) -> dict[str, Any]:
     if len(data) > limit:
         raise MalformedBody(f"it has {len(data)} bytes, the limit is {limit}", "Refuse who sent it")
     try:
-        # A list or map of n elements takes n bytes at least: a short message cannot ask for a long allocation.
-        items = min(MAX_ITEMS, len(data))
-        found = msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            max_str_len=MAX_STR_BYTES,
-            max_bin_len=binary,
-            max_ext_len=0,
-            max_array_len=items,
-            max_map_len=items,
-            object_pairs_hook=_unique,
-        )
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        found = unpack(data, max_items=MAX_ITEMS, max_str_bytes=MAX_STR_BYTES, max_bin_bytes=binary)
+    except ValueError as error:
         raise MalformedBody(
-            f"it is not one MessagePack map within the limits ({error or type(error).__name__})",
+            f"it is not one MessagePack map within the limits ({error})",
             "See docs/spec/patch.md",
         ) from error
     if not isinstance(found, dict):
@@ -114,17 +102,6 @@ def _map(data: bytes, limit: int, *, binary: int) -> dict[str, Any]:
             f"it is a MessagePack {type(found).__name__}, not a map", "See docs/spec/patch.md"
         )
     return found
-
-
-def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if not isinstance(key, str):
-            raise ValueError(f"key {key!r} is not a string")
-        if key in result:
-            raise ValueError(f"key {key!r} occurs twice")
-        result[key] = value
-    return result
 
 
 def _typed(found: dict[str, Any], kind: type[T]) -> T:

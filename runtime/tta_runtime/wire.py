@@ -30,6 +30,7 @@ from .errors import (
     WireError,
     did_you_mean,
 )
+from .packed import unpack
 
 SHOWN = 64  # characters of a foreign name that are repeated in an error
 MAX_ELEMENTS = 2**40  # of one tensor; zero-sized dimensions count as one
@@ -274,40 +275,14 @@ class Codec:
         return {name: info for name, info in infos.items() if info is not None}
 
 
-class _BadKeyError(ValueError):
-    """A key that is not a string, or two values for one: which one counts would depend on the reader."""
-
-
-def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if not isinstance(key, str):
-            raise _BadKeyError(f"key {key!r} is not a string")
-        if key in result:
-            raise _BadKeyError(f"key {key!r} occurs twice")
-        result[key] = value
-    return result
-
-
 def _unpack(header: bytes, limits: Limits, spec: str) -> dict[str, Any]:
     try:
-        # A list or map of n elements takes at least n bytes: no honest header is refused by the smaller
-        # limit, and a short one cannot ask for a long allocation.
-        items = min(limits.max_items, len(header))
-        value = msgpack.unpackb(
-            header,
-            raw=False,
-            strict_map_key=True,
-            max_str_len=limits.max_str_bytes,
-            max_bin_len=0,
-            max_ext_len=0,
-            max_array_len=items,
-            max_map_len=items,
-            object_pairs_hook=_unique,
+        value = unpack(
+            header, max_items=limits.max_items, max_str_bytes=limits.max_str_bytes, max_bin_bytes=0
         )
-    except (ValueError, msgpack.UnpackException) as error:  # W4
+    except ValueError as error:  # W4
         raise MalformedHeader(
-            f"the header is not one MessagePack map within the limits ({error or type(error).__name__})",
+            f"the header is not one MessagePack map within the limits ({error})",
             f"Encode one map with string keys; see {spec} for the limits",
         ) from error
     if not isinstance(value, dict):
