@@ -14,7 +14,6 @@ Operations are made by `samples`, `ledger`, `edges` and `learners`; those module
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import sqlite3
@@ -42,6 +41,7 @@ from tta_cloud.readers import Readers
 from tta_cloud.writer import FailPoint, GroupCommit, Writer
 from tta_runtime.atomic import DISK, Disk, make_durable
 from tta_runtime.files import reason
+from tta_runtime.lock import existing, take
 
 log = logging.getLogger(__name__)
 
@@ -283,24 +283,13 @@ class Store:
 def _locked(root: Path, disk: Disk) -> IO[bytes]:
     """The lock file, locked, after the directory was made; raises StoreUnusable, StoreInUse."""
     try:
-        base = root
-        while not base.exists() and base != base.parent:
-            base = base.parent
-        make_durable(root, base, disk)
+        make_durable(root, existing(root), disk)
         os.chmod(root, 0o700)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        lock = os.fdopen(os.open(root / "lock", flags, 0o600), "wb")
+        lock = take(root / "lock")
     except OSError as error:
         raise _unusable(root, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks, for example
-            raise _unusable(root, error) from error
-        raise StoreInUse(
-            f"another service uses the store {root}", "Stop it, or name another store directory"
-        ) from error
+    if lock is None:
+        raise StoreInUse(f"another service uses the store {root}", "Stop it, or name another store directory")
     return lock
 
 

@@ -14,7 +14,6 @@ saved before this start hangs on the wall clock, and that only as far as the mod
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -35,6 +34,7 @@ from tta_edge.wire import NAME_PATTERN
 from tta_runtime.atomic import DISK, Disk, leftovers, make_durable, write_atomic
 from tta_runtime.errors import StateUnwritable
 from tta_runtime.files import read_at_most, reason
+from tta_runtime.lock import existing, take
 from tta_runtime.model import Checkpoint
 from tta_runtime.slots import Refused, Slots, newest_ns
 
@@ -286,25 +286,17 @@ def _locked(root: Path, disk: Disk) -> IO[bytes]:
         StateDirUnusable, StateDirInUse: see `StateStore`.
     """
     try:
-        base = root
-        while not base.exists() and base != base.parent:
-            base = base.parent
-        make_durable(root, base, disk)
+        make_durable(root, existing(root), disk)
         make_durable(root / "streams", root, disk)
         with suppress(OSError):  # whoever made it may have been killed before that; it need not be readable
             disk.sync_directory(root.parent)
-        lock = os.fdopen(os.open(root / "lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | _OWN, 0o600), "wb")
+        lock = take(root / "lock")
     except OSError as error:
         raise _unusable(root, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks, for example
-            raise _unusable(root, error) from error
+    if lock is None:
         raise StateDirInUse(
             f"another daemon uses the state directory {root}", "Stop it, or name another one with --state-dir"
-        ) from error
+        )
     return lock
 
 
