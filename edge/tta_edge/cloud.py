@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import zmq
@@ -27,6 +27,7 @@ from tta_edge.spool import Spool
 from tta_edge.spool_file import Sample
 from tta_edge.teaching import Mode, Progress
 from tta_edge.uplink import Uplink, UplinkOptions, Upload
+from tta_edge.wire import CloudInfo
 from tta_runtime import __version__
 from tta_runtime import sealed as seals
 from tta_runtime import theta as thetas
@@ -48,39 +49,8 @@ LONGEST_WAIT_S = 1.0
 Offer = Callable[[int, int, Vector, Callable[[Progress], None]], None]
 
 
-@dataclass(frozen=True)
-class CloudStatus:
-    """How the link is.
-
-    Attributes:
-        phase: `waiting`, `connecting`, `greeting`, `online` or `closed`.
-        group: of this edge.
-        problem: why there is no link; empty where there is one.
-        stale: whether no good head has come for too long.
-        epoch: of the newest head.
-        seq: of the newest head.
-        sent: samples that the cloud has acknowledged.
-        refused: of them, those that it did not want.
-        dropped: samples that were dropped because too many waited, over all restarts.
-        waiting: samples that wait on disk.
-        patches_refused: patches and heads that did not pass verification.
-    """
-
-    phase: str
-    group: str
-    problem: str
-    stale: bool
-    epoch: int
-    seq: int
-    sent: int
-    refused: int
-    dropped: int
-    waiting: int
-    patches_refused: int
-
-
 class CloudLink:
-    """One edge's link, in a thread of its own. `send`, `status` and `close` are for any thread.
+    """One edge's link, in a thread of its own. `send`, `info` and `close` are for any thread.
 
     Args:
         enrolment: keys and roots.
@@ -156,25 +126,29 @@ class CloudLink:
         self._context.destroy(linger=0)
         self._spool.close()
 
-    @property
-    def status(self) -> CloudStatus:
-        """How it is now."""
+    def info(self, *, seen: int, chosen: int) -> CloudInfo:
+        """How it is now, in the words of `status`.
+
+        Args:
+            seen: samples that the filter has looked at.
+            chosen: of them, those that were handed to `send`.
+        """
         head = self._head
         with self._lock:
             waiting, dropped = len(self._waiting) + len(self._spool), self._dropped
-        dropped += self._spool.counters.dropped
-        return CloudStatus(
-            self._uplink.phase.name.lower(),
-            self._enrolment.link.group,
-            self._problem,
-            time.monotonic() - self._head_at_s > STALE_S,
-            0 if head is None else head.epoch,
-            0 if head is None else head.seq,
-            self._sent,
-            self._refused,
-            dropped,
-            waiting,
-            self._bad,
+        return CloudInfo(
+            phase=self._uplink.phase.name.lower(),
+            group=self._enrolment.link.group,
+            problem=self._problem,
+            stale=time.monotonic() - self._head_at_s > STALE_S,
+            head="" if head is None else f"{head.epoch}.{head.seq}",
+            seen=seen,
+            chosen=chosen,
+            sent=self._sent,
+            refused=self._refused,
+            dropped=dropped + self._spool.counters.dropped,
+            waiting=waiting,
+            patches_refused=self._bad,
         )
 
     # ------------------------------------------------------------------------------------------ the loop

@@ -43,7 +43,6 @@ from tta_edge.wire import (
     AdaptDone,
     AutoStatus,
     BundleStatus,
-    CloudInfo,
     Events,
     EventsReply,
     Info,
@@ -508,24 +507,9 @@ class Responder:
             latency_ms=figures.latency(),
             rss_bytes=resident_bytes(),
             disk_error="" if self._saver is None else self._saver.error,
-            cloud=None if self._cloud is None else self._cloud_info(self._cloud),
-        )
-
-    def _cloud_info(self, link: CloudLink) -> CloudInfo:
-        now, sender = link.status, self._sender
-        return CloudInfo(
-            phase=now.phase,
-            group=now.group,
-            problem=now.problem,
-            stale=now.stale,
-            head=f"{now.epoch}.{now.seq}" if now.epoch else "",
-            seen=sender.seen,
-            chosen=sender.chosen,
-            sent=now.sent,
-            refused=now.refused,
-            dropped=now.dropped,
-            waiting=now.waiting,
-            patches_refused=now.patches_refused,
+            cloud=None
+            if self._cloud is None
+            else self._cloud.info(seen=self._sender.seen, chosen=self._sender.chosen),
         )
 
     def _bundle_status(self, host: Host) -> BundleStatus:

@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 
 MAX_QUARANTINE = 64
 MAX_SWITCH_BYTES = 4096
-_OWN = os.O_NOFOLLOW | os.O_NONBLOCK  # neither a file elsewhere, nor a pipe that nobody reads
 Key = tuple[str, str]
 _FIX = "Correct its permissions, free space, or name another directory with --state-dir"
 _NAME = re.compile(NAME_PATTERN)
