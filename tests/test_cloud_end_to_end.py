@@ -5,39 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import zmq
 
 import exported
-from networks import SIZE
+from clouds import METHODS, images, serving, ticket
 from running import PATIENCE_S, process_environment, running
 from serving import until
-from tta_cloud import control, edges, identity, ledger
-from tta_cloud.config import Config
-from tta_cloud.control import LetEnrol, ShutOut
-from tta_cloud.learner import LearnerOptions
+from tta_cloud import control, identity, ledger
+from tta_cloud.control import ShutOut
 from tta_cloud.reading import fleet, read
-from tta_cloud.service import CloudServer
-from tta_cloud.start import start
 from tta_edge.client import Client
 from tta_edge.enrol import enrol, load
 from tta_edge.errors import CloudUnreachable, EnrolmentRefused, NotEnrolled
 from tta_runtime.enrolment import Ticket, encode_ticket
 from tta_runtime.link import Hello, Ping, encode_message
-
-METHODS = ("source", "distill")
-FAR_MS = 2**52
-
-
-def images(seed: int, n: int = 16) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).random((n, 3, SIZE, SIZE), dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -49,45 +34,6 @@ def bundle() -> Path:
 def store(tmp_path: Path) -> Path:
     identity.create(tmp_path / "cloud")
     return tmp_path / "cloud"
-
-
-@contextmanager
-def serving(store: Path, bundle: Path, **settings: Any) -> Iterator[CloudServer]:
-    """The cloud on free ports in a thread of this process."""
-    options: dict[str, Any] = {
-        "student": str(bundle), "teacher": str(bundle), "store": str(store), "bind": "tcp://127.0.0.1:0",
-        "enroll_bind": "tcp://127.0.0.1:0", "head_every_s": 0.2, "learner": LearnerOptions(new=8, replay=8, rounds=1),
-    }  # fmt: skip
-    server = start(Config(**{**options, **settings}))
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            server.run()
-        except BaseException as error:  # noqa: BLE001 - raised below
-            failures.append(error)
-            server.ready.set()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    assert server.ready.wait(PATIENCE_S)
-    try:
-        if failures:
-            raise failures[0]
-        yield server
-    finally:
-        server.stop()
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive(), "the cloud does not stop"
-
-
-def ticket(
-    server: CloudServer, store: Path, name: str = "camera", group: str = "yard", expires_ms: int = FAR_MS
-) -> str:
-    secret = f"{name}-secret-of-some-length"
-    control.leave(store, LetEnrol(edges.hash_of(secret), name, group, expires_ms))
-    key = identity.load(store).curve_public
-    return encode_ticket(Ticket(door=server.door, server_key=key, secret=secret, name=name))
 
 
 # --- enrolment ------------------------------------------------------------------------------------

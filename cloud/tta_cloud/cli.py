@@ -6,16 +6,16 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tta_runtime.errors import BundleError, ConfigError, KeyFileRefused, StateError, TtaError
+from tta_cloud.commands_patches import patches
+from tta_cloud.exit_codes import HELP as EPILOG
+from tta_cloud.exit_codes import exit_code
+from tta_cloud.options import STORE, AsJson, StoreDirectory, print_json
+from tta_runtime.errors import TtaError
 
-EPILOG = (
-    "Exit codes: 0 ok, 1 the result is negative, 2 usage or configuration error, 3 cannot bind or serve, "
-    "4 bad bundle or data, 130 interrupted."
-)
 app = typer.Typer(
     name="tta-cloud",
     help="Teach a fleet of edges: take the samples they send, distil from a larger model, publish signed patches.",
@@ -27,22 +27,12 @@ app = typer.Typer(
 keys = typer.Typer(
     help="The cloud's keys, and the edges that are let in.", no_args_is_help=True, epilog=EPILOG
 )
-patches = typer.Typer(help="The ledger of patches.", no_args_is_help=True, epilog=EPILOG)
 app.add_typer(keys, name="keys")
 app.add_typer(patches, name="patches")
 
-StoreDirectory = Annotated[Path, typer.Option("--store", help="Directory of the service.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _print(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2))
-
 
 @keys.command("init", epilog=EPILOG)
-def keys_init(store: StoreDirectory = Path("tta-cloud"), as_json: AsJson = False) -> None:
+def keys_init(store: StoreDirectory = STORE, as_json: AsJson = False) -> None:
     """Make the service's keys.
 
     `root.key` signs only the next root: move it to a safe place once edges are enrolled.
@@ -53,14 +43,14 @@ def keys_init(store: StoreDirectory = Path("tta-cloud"), as_json: AsJson = False
 
     made = create(store)
     if as_json:
-        _print({"curve": made.curve_public, "publisher": made.publisher.key_id, "root_version": 1})
+        print_json({"curve": made.curve_public, "publisher": made.publisher.key_id, "root_version": 1})
     else:
         typer.echo(f"keys are in {store / 'keys'}; next: tta-cloud enroll NAME --group GROUP --store {store}")
 
 
 @keys.command("rotate", epilog=EPILOG)
 def keys_rotate(
-    store: StoreDirectory = Path("tta-cloud"),
+    store: StoreDirectory = STORE,
     root_key: Annotated[
         list[Path] | None, typer.Option("--root-key", help="File of a root key. Repeatable.")
     ] = None,
@@ -75,13 +65,13 @@ def keys_rotate(
     made = rotate(store, root_key or [])
     facts = {"publisher": made.publisher.key_id, "root_version": made.root.version, "epoch": made.root.epoch}
     if as_json:
-        _print(facts)
+        print_json(facts)
     else:
         typer.echo(f"root {made.root.version}, epoch {made.root.epoch}; restart `tta-cloud serve`")
 
 
 @keys.command("list", epilog=EPILOG)
-def keys_list(store: StoreDirectory = Path("tta-cloud"), as_json: AsJson = False) -> None:
+def keys_list(store: StoreDirectory = STORE, as_json: AsJson = False) -> None:
     """The edges that were enrolled, with their keys.
 
     Example: tta-cloud keys list --store /var/lib/tta-cloud --json
@@ -91,7 +81,7 @@ def keys_list(store: StoreDirectory = Path("tta-cloud"), as_json: AsJson = False
 
     found = read(store, edges.listed)
     if as_json:
-        _print([{"name": e.name, "group": e.group, "state": e.state, "key": e.key} for e in found])
+        print_json([{"name": e.name, "group": e.group, "state": e.state, "key": e.key} for e in found])
         return
     for edge in found:
         typer.echo(f"{edge.name:20} {edge.group:16} {edge.state:8} {edge.key}")
@@ -99,7 +89,7 @@ def keys_list(store: StoreDirectory = Path("tta-cloud"), as_json: AsJson = False
 
 @keys.command("revoke", epilog=EPILOG)
 def keys_revoke(
-    name: Annotated[str, typer.Argument(help="Name of the edge.")], store: StoreDirectory = Path("tta-cloud")
+    name: Annotated[str, typer.Argument(help="Name of the edge.")], store: StoreDirectory = STORE
 ) -> None:
     """Shut an edge out. A running service does so within its heartbeat.
 
@@ -132,7 +122,7 @@ def enroll(
         "tcp://127.0.0.1:7611"
     ),
     hours: Annotated[float, typer.Option(min=0.01, max=720, help="How long the token is good.")] = 24.0,
-    store: StoreDirectory = Path("tta-cloud"),
+    store: StoreDirectory = STORE,
     as_json: AsJson = False,
 ) -> None:
     """Make a one-time token with which one edge can enrol.
@@ -150,7 +140,7 @@ def enroll(
     control.leave(store, control.LetEnrol(edges.hash_of(secret), name, group, expires_ms))
     token = encode_ticket(Ticket(door=door, server_key=identity.curve_public, secret=secret, name=name))
     if as_json:
-        _print({"name": name, "group": group, "token": token, "expires_ms": expires_ms})
+        print_json({"name": name, "group": group, "token": token, "expires_ms": expires_ms})
     else:
         typer.echo(token)
         typer.echo(f"on the edge: tta-edge enroll TOKEN --state-dir DIR (good for {hours:g} h)", err=True)
@@ -191,7 +181,7 @@ def serve(
 
 
 @app.command(epilog=EPILOG)
-def fleet(store: StoreDirectory = Path("tta-cloud"), as_json: AsJson = False) -> None:
+def fleet(store: StoreDirectory = STORE, as_json: AsJson = False) -> None:
     """Every edge: its group, the patch it serves, how far behind it is, when it was heard of.
 
     Example: tta-cloud fleet --store /var/lib/tta-cloud --json
@@ -202,7 +192,7 @@ def fleet(store: StoreDirectory = Path("tta-cloud"), as_json: AsJson = False) ->
 
     rows = look(store)
     if as_json:
-        _print(rows)
+        print_json(rows)
         return
     for row in rows:
         age_s = time.time() - row["last_seen_ms"] / 1000
@@ -212,45 +202,10 @@ def fleet(store: StoreDirectory = Path("tta-cloud"), as_json: AsJson = False) ->
         )
 
 
-@patches.command("log", epilog=EPILOG)
-def patches_log(
-    group: Annotated[str, typer.Argument(help="Name of the group.")] = "default",
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many, the newest first.")] = 20,
-    store: StoreDirectory = Path("tta-cloud"),
-    as_json: AsJson = False,
-) -> None:
-    """The patches of a group, the newest first, with their states and why.
-
-    Example: tta-cloud patches log yard --store /var/lib/tta-cloud
-    """
-    from tta_cloud import ledger
-    from tta_cloud.reading import read
-
-    found = read(store, lambda db: ledger.entries(db, group, limit))
-    if as_json:
-        _print(
-            [
-                {
-                    "epoch": e.epoch,
-                    "seq": e.seq,
-                    "state": e.state,
-                    "reason": e.reason,
-                    "created_ms": e.created_ms,
-                }
-                for e in found
-            ]
-        )
-        return
-    for entry in found:
-        typer.echo(f"{entry.epoch}.{entry.seq:<6} {entry.state:12} {entry.reason}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: our errors become one line on stderr and an exit status."""
     try:
         app(args=arguments, prog_name="tta-cloud")
     except TtaError as error:
         typer.echo(f"error ({error.code}): {error}", err=True)
-        usage = isinstance(error, (ConfigError, KeyFileRefused))
-        data = isinstance(error, (BundleError, StateError))
-        sys.exit(2 if usage else 4 if data else 3)
+        sys.exit(exit_code(error))

@@ -129,6 +129,30 @@ class IllegalTransition(LedgerError):
     code = "illegal-transition"
 
 
+class GroupPinned(LedgerError):
+    """The group is to stay at the patch that it has; nothing newer is published."""
+
+    code = "group-pinned"
+
+
+class NotPinnable(LedgerError):
+    """The group cannot stay at this patch: edges have a newer one, and refuse lower numbers."""
+
+    code = "not-pinnable"
+
+
+class NothingToDo(LedgerError):
+    """The group is as it was asked to be already."""
+
+    code = "nothing-to-do"
+
+
+class UnknownGroup(LedgerError):
+    """Neither an edge nor a patch is of this group."""
+
+    code = "unknown-group"
+
+
 class LearnerError(CloudError):
     """A learner's snapshot does not fit what is stored."""
 
@@ -257,6 +281,28 @@ class IdentityExists(ConfigError):
     """The store has keys already."""
 
     code = "identity-exists"
+
+
+class NoAnswer(CloudError):
+    """The service has not said in time what became of a command."""
+
+    code = "no-answer"
+
+
+class Refused(CloudError):
+    """The service has refused a command, with the code and the words that it gave.
+
+    Args:
+        code: of the error in the service.
+        cause: as there.
+        fix: as there.
+    """
+
+    code = "refused"
+
+    def __init__(self, code: str, cause: str, fix: str) -> None:
+        super().__init__(cause, fix)
+        self.code = code
 
 
 class CannotServe(CloudError):

@@ -104,12 +104,24 @@ def load(store: Path) -> Identity:
     if len(secret) != _Z85_CHARS:
         raise KeyFileRefused(f"{directory / 'curve.key'} holds no CURVE key", "Restore it from a copy")
     public = zmq.curve_public(secret)
-    files = sorted((directory / ROOTS).glob("*.root"), key=lambda path: int(path.stem))
+    publisher = SecretKey.load(directory / "publisher.key")
+    return Identity(public.decode(), secret.decode(), publisher, read_roots(store))
+
+
+def read_roots(store: Path) -> tuple[tuple[Root, Sealed], ...]:
+    """The chain of roots of a store, oldest first, without its secrets.
+
+    Raises:
+        IdentityMissing: there is none.
+        PatchError: a root does not follow the one before.
+    """
+    directory = store / DIRECTORY / ROOTS
+    files = sorted(directory.glob("*.root"), key=lambda path: int(path.stem))
     kept = [seals.decode(path.read_bytes()) for path in files]
     roots = tuple(zip(chain(kept), kept, strict=True))
     if not roots:
-        raise IdentityMissing(f"there is no root in {directory / ROOTS}", "Restore the directory from a copy")
-    return Identity(public.decode(), secret.decode(), SecretKey.load(directory / "publisher.key"), roots)
+        raise IdentityMissing(f"there is no root in {directory}", "Restore the directory from a copy")
+    return roots
 
 
 def rotate(store: Path, root_keys: Sequence[Path], *, now_s: float | None = None) -> Identity:

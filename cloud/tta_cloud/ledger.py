@@ -179,6 +179,30 @@ def entries(db: sqlite3.Connection, group: str, limit: int = 100) -> list[Entry]
     return found
 
 
+def pinned(db: sqlite3.Connection, group: str) -> Entry | None:
+    """The patch at which a group is to stay; None where it goes on.
+
+    Raises:
+        DamagedRecord: it is damaged.
+    """
+    row = db.execute(
+        f"SELECT {_ENTRY} FROM patches WHERE grp = ? AND state = 'pinned' ORDER BY epoch DESC, seq DESC LIMIT 1",
+        (group,),
+    ).fetchone()
+    return None if row is None else decode_entry(row)
+
+
+def after(db: sqlite3.Connection, group: str, epoch: int, seq: int) -> list[Entry]:
+    """Every later patch of a group, the oldest first; raises DamagedRecord."""
+    query = f"SELECT {_ENTRY} FROM patches WHERE grp = ? AND (epoch, seq) > (?, ?) ORDER BY epoch, seq"
+    return [decode_entry(row) for row in db.execute(query, (group, epoch, seq))]
+
+
+def groups(db: sqlite3.Connection) -> list[str]:
+    """The groups that have patches, by name."""
+    return [name for (name,) in db.execute("SELECT DISTINCT grp FROM patches ORDER BY grp")]
+
+
 def last_seq(db: sqlite3.Connection, group: str, epoch: int) -> int:
     """Number of the last patch of a group and epoch, deleted ones included; 0 if there was none.
 

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from tta_cloud import edges, ledger
 from tta_cloud.errors import StoreUnusable
+from tta_runtime.atomic import write_atomic
+from tta_runtime.files import read_at_most
 
 T = TypeVar("T")
 DATA = "data"
+NOTES = "service.json"
+"""What the service that used the store last was told."""
+
+
+class Served(msgspec.Struct, frozen=True):
+    """What the service that used the store last was told.
+
+    Attributes:
+        student: directory of the edges' bundle.
+        teacher: as in the configuration.
+    """
+
+    student: str = ""
+    teacher: str = ""
 
 
 def read(store: Path, query: Callable[[sqlite3.Connection], T]) -> T:
@@ -35,6 +54,20 @@ def read(store: Path, query: Callable[[sqlite3.Connection], T]) -> T:
             db.close()
     except sqlite3.Error as error:
         raise StoreUnusable(f"{path} cannot be read: {error}", "Look at the service's log") from error
+
+
+def remember(store: Path, served: Served) -> None:
+    """Leave word of what is served, for commands; a disk that refuses is none of theirs."""
+    with suppress(OSError):
+        write_atomic(store / NOTES, msgspec.json.encode(served), mode=0o600)
+
+
+def remembered(store: Path) -> Served:
+    """What was left by `remember`; empty where nothing was."""
+    try:
+        return msgspec.json.decode(read_at_most(store / NOTES, 64 << 10), type=Served)
+    except (OSError, msgspec.DecodeError, ValueError):
+        return Served()
 
 
 def fleet(store: Path) -> list[dict[str, Any]]:

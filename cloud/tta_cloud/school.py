@@ -11,15 +11,17 @@ import math
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
-from tta_cloud import learners, ledger, samples
+from tta_cloud import learners, ledger, samples, steering
 from tta_cloud.config import Config
-from tta_cloud.errors import CloudError, SnapshotUnreadable
+from tta_cloud.control import RollBack
+from tta_cloud.errors import CloudError, GroupPinned, Internal, SnapshotUnreadable
 from tta_cloud.gate import Verdict, held_out, judge, judge_labelled
 from tta_cloud.identity import Identity
 from tta_cloud.intake import balanced
@@ -105,6 +107,7 @@ class School:
         self._groups: dict[str, _Group] = {}
         self._changed = threading.Condition()
         self._wanted: set[str] = set()
+        self._back: deque[tuple[RollBack, Callable[[Patch | TtaError], None]]] = deque()
         self._ending = False
         self._thread = threading.Thread(target=self._work, name="tta-school", daemon=True)
 
@@ -120,6 +123,17 @@ class School:
             self._wanted.add(group)
             self._changed.notify_all()
 
+    def roll_back(self, wish: RollBack, done: Callable[[Patch | TtaError], None]) -> None:
+        """Publish an earlier patch again and go on learning from it, after the round under way; for any thread.
+
+        Args:
+            wish: which one.
+            done: told of the new patch when it is durable, or of why there is none; on this thread.
+        """
+        with self._changed:
+            self._back.append((wish, done))
+            self._changed.notify_all()
+
     def close(self) -> None:
         """End after the round under way."""
         with self._changed:
@@ -133,10 +147,14 @@ class School:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._wanted or self._ending)
+                self._changed.wait_for(lambda: self._wanted or self._back or self._ending)
                 if self._ending:
                     return
-                group = self._wanted.pop()
+                back = self._back.popleft() if self._back else None
+                group = "" if back is not None else self._wanted.pop()
+            if back is not None:
+                self._go_back(*back)
+                continue
             try:
                 if self.learn(group):
                     self.wake(group)  # there may be enough for another round
@@ -151,9 +169,7 @@ class School:
         Raises:
             TtaError: of the store or the engines; nothing of the round is kept.
         """
-        group = self._groups.get(name) or self._open(name)
-        self._groups[name] = group
-        options = self._config.learner
+        group, options = self._group(name), self._config.learner
         if self._store.read(lambda db: samples.totals(db, name)).unused < options.new:
             return False  # every sample that comes asks; most of them need not have all the others read
         waiting = self._store.read(lambda db: samples.unused(db, name, SCANNED))
@@ -205,8 +221,7 @@ class School:
         return np.stack(known[: options.replay]) if known else nothing
 
     def _publish(self, name: str, group: _Group, count: int) -> None:
-        learner, layout = group.learner, self._student.bundle.manifest.theta
-        verdict = self._judge(group)
+        learner, verdict = group.learner, self._judge(group)
         if not verdict.passed and verdict.reason != "few-samples":
             group.refused += 1
             scores = f"{verdict.score:.4f} after {verdict.head:.4f}"
@@ -217,31 +232,82 @@ class School:
                 self._note(name, "the student goes on from the head")
             return
         group.refused = 0
-        epoch = self._identity.root.epoch
+        patch = self._made(name, learner.theta, parent=group.head, samples=count)
+        try:
+            self._store.call(steering.publish(patch))
+        except GroupPinned as error:
+            self._note(name, error.cause)
+            return
+        group.head = np.array(learner.theta)
+        self._published(Published(name, patch))
+
+    def _made(
+        self,
+        name: str,
+        vector: Vector,
+        *,
+        parent: Vector,
+        samples: int,
+        state: PatchState = "built",
+        reason: str = "",
+    ) -> Patch:
+        """The next patch of a group, signed."""
+        layout, epoch = self._student.bundle.manifest.theta, self._identity.root.epoch
         seq = self._store.read(lambda db: ledger.last_seq(db, name, epoch)) + 1
         sealed, payload = make_patch(
-            learner.theta,
+            vector,
             layout,
             [self._identity.publisher],
             bundle_digest=self._student.bundle.digest,
             channel=name,
             epoch=epoch,
             seq=seq,
-            parent_digest=thetas.digest(layout, group.head),
-            samples=count,
+            parent_digest=thetas.digest(layout, parent),
+            samples=samples,
             issued_s=int(self._clock_s()),
         )
-        state: PatchState = "built"
-        entry = Entry(group=name, epoch=epoch, seq=seq, state=state, reason="", created_ms=self._now_ms())
-        patch = Patch(
-            entry=entry,
-            body=sealed.body,
-            signatures=msgspec.msgpack.encode(sealed.signatures),
-            payload=payload,
-        )
-        self._store.call(ledger.append(patch))
-        group.head = np.array(learner.theta)
-        self._published(Published(name, patch))
+        entry = Entry(group=name, epoch=epoch, seq=seq, state=state, reason=reason, created_ms=self._now_ms())
+        signatures = msgspec.msgpack.encode(sealed.signatures)
+        return Patch(entry=entry, body=sealed.body, signatures=signatures, payload=payload)
+
+    def _go_back(self, wish: RollBack, done: Callable[[Patch | TtaError], None]) -> None:
+        try:
+            outcome: Patch | TtaError = self._rolled_back(wish)
+        except TtaError as error:
+            outcome = error
+        except Exception as error:
+            log.exception("a defect while group %s was rolled back", wish.group)
+            outcome = Internal(f"a rollback failed with {type(error).__name__}", "Report it with the log")
+        done(outcome)
+
+    def _rolled_back(self, wish: RollBack) -> Patch:
+        name, reason = wish.group, steering.reason_of(wish.epoch, wish.seq, wish.why)
+        epoch = self._identity.root.epoch
+        later = self._store.read(lambda db: ledger.after(db, name, epoch, wish.last))
+        known = [entry.seq for entry in later if entry.reason == reason]
+        if known:  # the service was killed between that patch and the end of the note
+            return self._store.read(lambda db: ledger.get(db, name, epoch, known[0]))
+        group, theta = self._group(name), np.array(self._student.bundle.theta0)
+        if wish.seq:
+            theta = np.array(
+                self._theta(name, self._store.read(lambda db: ledger.get(db, name, wish.epoch, wish.seq)))
+            )
+        patch = self._made(name, theta, parent=group.head, samples=0, state="published", reason=reason)
+        before = group.learner.snapshot()
+        group.learner.start_from(theta)
+        try:
+            group.generation = self._store.call(
+                steering.roll_back(
+                    patch, wish.epoch, wish.seq, hold=wish.hold, snapshot=group.learner.snapshot(),
+                    after=group.generation, now_ms=self._now_ms(),
+                )
+            )  # fmt: skip
+        except CloudError:
+            group.learner.restore(before)
+            raise
+        group.head, group.refused = theta, 0
+        self._note(name, f"patch {patch.entry.seq}: {reason}; the learner goes on from there")
+        return self._store.read(lambda db: ledger.get(db, name, patch.entry.epoch, patch.entry.seq))
 
     def _judge(self, group: _Group) -> Verdict:
         learner, options = group.learner, self._config.gate
@@ -263,6 +329,11 @@ class School:
             edges,
             options,
         )
+
+    def _group(self, name: str) -> _Group:
+        if name not in self._groups:
+            self._groups[name] = self._open(name)
+        return self._groups[name]
 
     def _open(self, name: str) -> _Group:
         learner = Learner(self._student, self._teacher, self._config.learner)

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import msgspec
 import numpy as np
 import zmq
 
-from tta_cloud import control, edges, ledger, samples, zap
+from tta_cloud import control, edges, ledger, samples, steering, zap
 from tta_cloud.config import Config
 from tta_cloud.errors import CannotServe, CloudError
 from tta_cloud.identity import Identity
 from tta_cloud.intake import refusals
 from tta_cloud.operations import Outcome
-from tta_cloud.records import Edge, Patch
+from tta_cloud.records import Edge, Entry, Patch
 from tta_cloud.records import Sample as StoredSample
 from tta_cloud.rollout import Rollout, Stage, begin, progress, tick
 from tta_cloud.school import Published, School, sealed_of
@@ -108,6 +109,7 @@ class CloudServer:
         self._newest: dict[str, Patch] = {}
         self._heads_due_s = self._expire_due_s = 0.0
         self._served: dict[str, Patch] = {}
+        self._going_back: set[Path] = set()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._context = zmq.Context()
@@ -485,6 +487,9 @@ class CloudServer:
     def _take_notes(self) -> None:
         """Do what commands have asked for since."""
         for path, note in control.notes(Path(self._config.store)):
+            if path in self._going_back:
+                continue
+            answer = control.Answer()
             try:
                 if isinstance(note, control.LetEnrol):
                     self._store.call(
@@ -494,10 +499,51 @@ class CloudServer:
                     self._store.call(edges.revoke(note.key))
                     for gone in self._session.revoke(note.key):
                         log.warning("edge %s is shut out", self._name(gone.user))
+                elif isinstance(note, control.Pin):
+                    answer = self._pin(note)
+                elif isinstance(note, control.Unpin):
+                    answer = _answer_of(self._store.call(steering.unpin(note.group, note.why)))
+                    self._school.wake(note.group)
+                elif isinstance(note, control.RollBack):
+                    self._going_back.add(path)
+                    self._school.roll_back(note, partial(self._rolled_back, path))
+                    continue
             except TtaError as error:
                 log.warning("a command is not carried out: %s", error)
-            path.unlink(missing_ok=True)
+                answer = control.refusal(error)
+            self._done(path, answer)
             self._refresh()
+
+    def _done(self, path: Path, answer: control.Answer) -> None:
+        path.unlink(missing_ok=True)
+        control.tell(path, answer)
+
+    def _pin(self, note: control.Pin) -> control.Answer:
+        entry = self._store.call(steering.pin(note.group, note.epoch, note.seq, note.why))
+        self._hold(self._store.read(lambda db: ledger.get(db, note.group, entry.epoch, entry.seq)))
+        log.info("group %s is pinned at patch %d", note.group, entry.seq)
+        return _answer_of(entry)
+
+    def _rolled_back(self, path: Path, made: Patch | TtaError) -> None:
+        """On the school's thread."""
+
+        def take() -> None:
+            self._going_back.discard(path)
+            if isinstance(made, TtaError):
+                log.warning("a command is not carried out: %s", made)
+                self._done(path, control.refusal(made))
+                return
+            self._hold(made)
+            self._done(path, _answer_of(made.entry))
+
+        self._later(take)
+
+    def _hold(self, patch: Patch) -> None:
+        """The whole group has this patch, by an operator's word: nobody is asked first, and no report stops it."""
+        group = patch.entry.group
+        self._rollouts.pop(group, None)
+        self._newest[group] = self._served[group] = patch
+        self._push_head(group)
 
     def _allow(self, domain: str, key: str) -> str:
         if domain == DOOR:
@@ -598,6 +644,10 @@ class CloudServer:
 
     def _now_ms(self) -> int:
         return int(self._clock_s() * 1000)
+
+
+def _answer_of(entry: Entry) -> control.Answer:
+    return control.Answer(entry.epoch, entry.seq, entry.state)
 
 
 def _bytes(data: bytes) -> np.ndarray:

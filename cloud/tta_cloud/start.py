@@ -12,6 +12,7 @@ from tta_cloud.config import Config
 from tta_cloud.errors import CannotServe
 from tta_cloud.identity import load
 from tta_cloud.learner import METHOD, check_fit
+from tta_cloud.reading import Served, remember
 from tta_cloud.service import CloudServer
 from tta_cloud.teacher import open_student, open_teacher
 from tta_runtime.engine import EngineOptions
@@ -39,7 +40,9 @@ def start(config: Config) -> CloudServer:
     weights = None if config.teacher_weights is None else Path(config.teacher_weights)
     teacher = open_teacher(config.teacher, student, store / "teachers", weights=weights, options=options)
     check_fit(Model(student, METHOD), Model(teacher, METHOD))
-    return CloudServer(config, identity, student, teacher, labelled=_labelled(config))
+    server = CloudServer(config, identity, student, teacher, labelled=_labelled(config))
+    remember(store, Served(str(Path(config.student).resolve()), config.teacher))
+    return server
 
 
 def _check_endpoint(endpoint: str) -> None:

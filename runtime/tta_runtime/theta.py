@@ -155,6 +155,8 @@ class TensorDiff:
     size: int
     relative: float
     """||a - b|| / ||b||."""
+    norm: float
+    """||a - b||."""
     max_abs: float
 
 
@@ -171,6 +173,7 @@ def diff(layout: ThetaLayout, a: Vector, b: Vector) -> list[TensorDiff]:
                 trained=entry.trained,
                 size=gap.size,
                 relative=distance(a[part], b[part]),
+                norm=float(np.linalg.norm(gap)),
                 max_abs=float(gap.max(initial=0.0)),
             )
         )
