@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 import exported
-from clouds import METHODS, images, serving, ticket
+from cloud_server import METHODS, images, serving, ticket
 from running import PATIENCE_S, process_environment, running
 from serving import until
 from tta_cloud import control, identity, ledger
