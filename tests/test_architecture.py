@@ -35,7 +35,8 @@ FOLDERS = {
 
 # What each package may import besides the standard library and itself.
 MAY_IMPORT = {
-    "tta_runtime": {"numpy", "onnxruntime", "tensorrt", "msgpack", "msgspec", "cryptography", "safetensors"},
+    "tta_runtime": {"numpy", "onnxruntime", "tensorrt", "msgpack", "msgspec", "cryptography", "safetensors"}
+    | {"prometheus_client"},
     "tta_edge": {"tta_runtime", "numpy", "zmq", "typer", "rich", "msgpack", "msgspec"}
     | {"prometheus_client", "tomli", "PIL", "matplotlib"},
     "tta_adapters": {"torch"},

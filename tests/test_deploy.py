@@ -16,11 +16,11 @@ import pytest
 import typer
 
 from running import PATIENCE_S, REPOSITORY, daemon, process_environment, run_cli, running
-from tta_edge import health
 from tta_edge.cli import app
 from tta_edge.client import Client
 from tta_edge.config import Config, resolve
 from tta_edge.exit_codes import ExitCode
+from tta_runtime import health
 
 DEPLOY = REPOSITORY / "deploy"
 SETTINGS = DEPLOY / "edge.toml"

@@ -18,18 +18,17 @@ from networks import CLASSES, NETWORKS, SIZE
 from running import running
 from tta_edge.adapt import STANDARD, Answer, Guards, Stream
 from tta_edge.auto import SETTLED
-from tta_edge.checks import Check, Verdict
 from tta_edge.client import Client
 from tta_edge.config import BundleConfig, Config
 from tta_edge.doctor_bundle import check_bundle
 from tta_edge.evaluate import Plan, evaluate
 from tta_edge.events import Event, Reason
 from tta_edge.gallery import Shelf
-from tta_edge.metrics import exposition
 from tta_edge.status_view import state
 from tta_edge.streams.sources import open_source
 from tta_exporters.build import build
 from tta_runtime import Bundle, Engines, Limits, Model
+from tta_runtime.checks import Check, Verdict
 from tta_runtime.errors import EngineFailed, NonFinite, StateError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -364,7 +363,7 @@ def test_the_daemon_serves_it_unless_told_otherwise_and_says_what_it_decides(
         assert 0 < stream.auto.share <= 1
         assert stream.events["shift"] >= 1
         assert state(stream).plain == f"auto: {stream.auto.mode}"
-        page = exposition(*server.telemetry()).decode()
+        page = server.exposition().decode()
         assert 'tta_events_total{action="wake",reason="shift"}' in page
         assert reply.logits.shape == (8, 7)
         assert {event.action for event in client.events(50).events} >= {"wake"}

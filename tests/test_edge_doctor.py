@@ -22,13 +22,14 @@ from running import PATIENCE_S, REPOSITORY, daemon, process_environment, run_cli
 from snapshots import files
 from tta_edge import doctor_machine as machine
 from tta_edge.builtin import builtin_bundle, builtin_digits
-from tta_edge.checks import Verdict
 from tta_edge.client import Client
 from tta_edge.config import BundleConfig, Config, resolve
-from tta_edge.doctor import checks, passed
+from tta_edge.doctor import checks
 from tta_edge.doctor_bundle import batches, check_bundle
 from tta_edge.doctor_memory import VECTORS, measure, memory, predict, predict_for, state_bytes, toml_of
 from tta_runtime import Bundle
+from tta_runtime import machine as common
+from tta_runtime.checks import Verdict, passed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -209,8 +210,8 @@ def test_without_an_engine_it_names_the_extra(bundle):
 
 
 def test_an_old_python_fails():
-    assert machine.python((3, 9, 18)).verdict is FAIL
-    assert machine.python((3, 10, 0)).verdict is OK
+    assert common.python((3, 9, 18)).verdict is FAIL
+    assert common.python((3, 10, 0)).verdict is OK
 
 
 def versions(**known):
@@ -233,18 +234,18 @@ def test_a_missing_or_old_package_fails():
 
         return look
 
-    assert machine.packages().verdict is OK
-    missing = machine.packages(changed("pyzmq", None))
+    assert common.packages().verdict is OK
+    missing = common.packages(changed("pyzmq", None))
     assert (missing.verdict, missing.text) == (FAIL, "pyzmq is missing")
-    old = machine.packages(changed("pyzmq", "25.1.2"))
+    old = common.packages(changed("pyzmq", "25.1.2"))
     assert old.verdict is FAIL
     assert "pyzmq is 25.1.2, needed is 26.2.1 or later" in old.text
-    assert machine.packages(changed("pyzmq", "100.0rc1")).verdict is OK
-    assert machine.packages(versions()).verdict is WARN, "a source tree"
+    assert common.packages(changed("pyzmq", "100.0rc1")).verdict is OK
+    assert common.packages(versions()).verdict is WARN, "a source tree"
 
 
 def test_both_wheels_of_onnxruntime_fail():
-    found = machine.onnxruntime(versions(onnxruntime="1.22.0", onnxruntime_gpu="1.22.0"))
+    found = common.onnxruntime(versions(onnxruntime="1.22.0", onnxruntime_gpu="1.22.0"))
     assert found.verdict is FAIL
     assert "onnxruntime 1.22.0 and onnxruntime-gpu 1.22.0 are both installed" in found.text
     assert "pip uninstall" in found.fix
@@ -254,7 +255,7 @@ def test_an_onnxruntime_that_does_not_load_fails():
     def broken(name):
         raise ImportError(f"{name}: libcudart.so.12: cannot open shared object file")
 
-    found = machine.onnxruntime(load=broken)
+    found = common.onnxruntime(load=broken)
     assert found.verdict is FAIL
     assert "libcudart" in found.text
 
@@ -342,14 +343,14 @@ def test_an_address_of_another_machine_fails():
 
 
 def test_open_files():
-    assert [machine.open_files(limit).verdict for limit in (10, 256, 1024)] == [FAIL, WARN, OK]
-    assert str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) in machine.open_files().text
+    assert [common.open_files(limit).verdict for limit in (10, 256, 1024)] == [FAIL, WARN, OK]
+    assert str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) in common.open_files().text
 
 
 def test_clocks():
-    assert machine.clock().verdict is OK
-    assert machine.clock(monotonic=lambda: 1.0).verdict is FAIL
-    reset = machine.clock(wall=lambda: datetime(1970, 1, 1, tzinfo=timezone.utc))
+    assert common.clock().verdict is OK
+    assert common.clock(monotonic=lambda: 1.0).verdict is FAIL
+    reset = common.clock(wall=lambda: datetime(1970, 1, 1, tzinfo=timezone.utc))
     assert (reset.verdict, "1970" in reset.text, "NTP" in reset.fix) == (WARN, True, True)
 
 

@@ -22,7 +22,8 @@ from figures import busy_stats, status, stream
 from running import process_environment, running
 from tta_edge.client import Client
 from tta_edge.errors import AddressInUse, BadEndpoint, CannotBind, RemoteBindRefused
-from tta_edge.health import MAX_CONNECTIONS, MAX_REQUEST_BYTES, HealthServer
+from tta_edge.metrics import exposition
+from tta_runtime.health import MAX_CONNECTIONS, MAX_REQUEST_BYTES, HealthServer
 
 PATIENCE_S = 20
 PATHS = ("/metrics", "/livez", "/readyz")
@@ -40,12 +41,12 @@ class Told:
         self.asked = threading.Event()
         self.defect = None
 
-    def telemetry(self):
+    def exposition(self):
         self.asked.set()
         assert self.figures.wait(PATIENCE_S)
         if self.defect is not None:
             raise self.defect
-        return status(streams=[stream()]), busy_stats().figures()
+        return exposition(status(streams=[stream()]), busy_stats().figures())
 
     def alive(self):
         return self.is_alive
@@ -61,7 +62,7 @@ def told():
 
 @contextmanager
 def serving(told, address="127.0.0.1:0", *, timeout_s=PATIENCE_S):
-    server = HealthServer(address, told, allow_remote=False, timeout_s=timeout_s)
+    server = HealthServer(address, told, allow_remote=False, name="tta-edge", timeout_s=timeout_s)
     server.start()
     try:
         yield server
@@ -310,14 +311,14 @@ def test_scrapes_are_not_logged(server, caplog, capfd):
 
 SHORT_OF_DESCRIPTORS = """
 import logging, os, resource, sys, threading
-from tta_edge.health import HealthServer
+from tta_runtime.health import HealthServer
 
 class Alive:
     def alive(self):
         return True
 
 logging.basicConfig(level="DEBUG")
-server = HealthServer("127.0.0.1:0", Alive(), False)
+server = HealthServer("127.0.0.1:0", Alive(), False, name="tta-edge")
 server.start()
 print(server.endpoint, flush=True)
 sys.stdin.readline()
@@ -493,7 +494,7 @@ def test_a_daemon_whose_http_port_is_taken_does_not_start_and_leaves_its_own_por
 def test_a_port_that_is_taken_is_refused_with_what_to_do(told, server):
     host, port = place(server)
     with pytest.raises(AddressInUse) as refusal:
-        HealthServer(f"{host}:{port}", told, allow_remote=False)
+        HealthServer(f"{host}:{port}", told, allow_remote=False, name="tta-edge")
     assert "`http`" in refusal.value.cause
     assert str(port) in refusal.value.cause
     assert "--http off" in refusal.value.fix
@@ -507,18 +508,18 @@ def test_a_port_that_is_taken_is_refused_with_what_to_do(told, server):
 )
 def test_a_malformed_address_is_refused(told, address):
     with pytest.raises(BadEndpoint, match="`http`"):
-        HealthServer(address, told, allow_remote=False)
+        HealthServer(address, told, allow_remote=False, name="tta-edge")
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "*:0", "[::]:0", "192.0.2.1:80", "example.org:80"])
 def test_an_address_that_others_can_reach_has_to_be_asked_for(told, address):
     with pytest.raises(RemoteBindRefused, match="--allow-remote"):
-        HealthServer(address, told, allow_remote=False)
+        HealthServer(address, told, allow_remote=False, name="tta-edge")
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "*:*"])
 def test_an_address_that_others_can_reach_is_served_when_asked_for(told, address):
-    server = HealthServer(address, told, allow_remote=True)
+    server = HealthServer(address, told, allow_remote=True, name="tta-edge")
     server.start()
     try:
         assert_serves(server)
@@ -528,12 +529,12 @@ def test_an_address_that_others_can_reach_is_served_when_asked_for(told, address
 
 def test_an_address_of_another_machine_cannot_be_bound(told):
     with pytest.raises(CannotBind, match="`http`"):
-        HealthServer("192.0.2.1:80", told, allow_remote=True)
+        HealthServer("192.0.2.1:80", told, allow_remote=True, name="tta-edge")
 
 
 def test_it_listens_on_ipv6_too(told):
     try:
-        server = HealthServer("[::1]:0", told, allow_remote=False)
+        server = HealthServer("[::1]:0", told, allow_remote=False, name="tta-edge")
     except CannotBind:
         pytest.skip("this machine has no IPv6")
     assert server.endpoint.startswith("http://[::1]:")
@@ -562,7 +563,7 @@ def test_closing_ends_open_connections_at_once_and_frees_the_port(told):
 
 
 def test_a_server_that_was_never_started_can_be_closed(told):
-    server = HealthServer("127.0.0.1:0", told, allow_remote=False)
+    server = HealthServer("127.0.0.1:0", told, allow_remote=False, name="tta-edge")
     server.close()
     with pytest.raises(ConnectionError):
         connect(server)

@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from figures import BUNDLE, busy_stats, status, stream
 from running import REPOSITORY
 from tta_edge.metrics import METRICS, exposition, table
-from tta_edge.stats import BOUNDS_S, Stats
+from tta_edge.stats import Stats
+from tta_runtime.histogram import BOUNDS_S
 
 
 def scrape(reply=None, stats=None):

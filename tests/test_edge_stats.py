@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from tta_edge.stats import BOUNDS_S, WINDOW, Histogram, Stats, quantile
+from tta_edge.stats import WINDOW, Stats, quantile
+from tta_runtime.histogram import BOUNDS_S, Histogram
 
 
 @pytest.mark.parametrize(

@@ -184,10 +184,11 @@ def serve(
 def fleet(store: StoreDirectory = STORE, as_json: AsJson = False) -> None:
     """Every edge: its group, the patch it serves, how far behind it is, when it was heard of.
 
+    `agrees` is the share of its last samples on which the base that answered them and the teacher name the same class;
+    an estimate of its accuracy on what it sends, not on all that it sees.
+
     Example: tta-cloud fleet --store /var/lib/tta-cloud --json
     """
-    import time
-
     from tta_cloud.reading import fleet as look
 
     rows = look(store)
@@ -195,10 +196,11 @@ def fleet(store: StoreDirectory = STORE, as_json: AsJson = False) -> None:
         print_json(rows)
         return
     for row in rows:
-        age_s = time.time() - row["last_seen_ms"] / 1000
+        agreed = "-" if row["agreement"] is None else f"{row['agreement']:.0%} of {row['agreement_samples']}"
         typer.echo(
             f"{row['name']:20} {row['group']:16} {row['state']:8} serves {row['epoch']}.{row['seq']} "
-            f"lag {row['lag']} seen {age_s:.0f} s ago {row['progress']}"
+            f"lag {row['lag']} ({row['lag_s']:.0f} s) agrees {agreed} seen {row['last_seen_s']:.0f} s ago "
+            f"{row['progress']}".rstrip()
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from tta_cloud import edges, ledger
+from tta_cloud import agreement, edges, ledger
 from tta_cloud.errors import StoreUnusable
+from tta_cloud.records import Edge
 from tta_runtime.atomic import write_atomic
 from tta_runtime.files import read_at_most
 
@@ -70,26 +72,46 @@ def remembered(store: Path) -> Served:
         return Served()
 
 
-def fleet(store: Path) -> list[dict[str, Any]]:
-    """Every edge with how many patches it is behind its group.
+def fleet(store: Path, now_ms: int | None = None) -> list[dict[str, Any]]:
+    """Every edge with how far it is behind its group, and how often it agrees with the teacher.
+
+    Args:
+        store: directory of the service.
+        now_ms: milliseconds since 1970.
+
+    Returns:
+        A row for each edge. `lag` is in numbers, `lag_s` since the first patch that it has not got was made.
+        `agreement` is None where nothing was compared yet, else a share of `agreement_samples`.
 
     Raises:
         StoreUnusable: as `read`.
     """
+    now = int(time.time() * 1000) if now_ms is None else now_ms
 
     def look(db: sqlite3.Connection) -> list[dict[str, Any]]:
-        rows = []
+        rows, agreed = [], agreement.known(db)
         for edge in edges.listed(db):
             newest = ledger.newest(db, edge.group)
             epoch, seq = (0, 0) if newest is None else (newest.entry.epoch, newest.entry.seq)
-            behind = 0 if newest is None else seq - edge.seq if epoch == edge.epoch else seq
+            behind = max(0, seq - edge.seq if epoch == edge.epoch else seq)
+            since_ms = _missing_since_ms(db, edge, now) if behind else now
+            found = agreed.get(edge.key)
             rows.append(
                 {
                     "name": edge.name, "group": edge.group, "state": edge.state, "epoch": edge.epoch, "seq": edge.seq,
-                    "lag": max(0, behind), "last_seen_ms": edge.last_seen_ms, "progress": edge.progress,
+                    "lag": behind, "lag_s": max(0, now - since_ms) / 1000, "last_seen_ms": edge.last_seen_ms,
+                    "last_seen_s": max(0, now - edge.last_seen_ms) / 1000, "progress": edge.progress,
+                    "agreement": None if found is None else found.share,
+                    "agreement_samples": 0 if found is None else found.samples,
                     "theta_digest": edge.theta_digest, "key": edge.key,
                 }
             )  # fmt: skip
         return rows
 
     return read(store, look)
+
+
+def _missing_since_ms(db: sqlite3.Connection, edge: Edge, now_ms: int) -> int:
+    """When the first patch was made that the group has and this edge has not."""
+    missing = ledger.after(db, edge.group, edge.epoch, edge.seq)
+    return min((entry.created_ms for entry in missing if entry.state in ledger.SERVED), default=now_ms)

@@ -8,7 +8,7 @@ from functools import cache
 from tta_cloud.errors import StoreTooNew
 from tta_cloud.records import EDGE_STATES, PATCH_STATES, seal
 
-VERSION = 1
+VERSION = 2
 MAX_FORGOTTEN = 65_536
 """Keys of deleted samples that are still known as duplicates."""
 
@@ -76,6 +76,14 @@ CREATE TABLE learners (
     snapshot BLOB NOT NULL
 );
 """
+ADDED = {
+    2: """
+CREATE TABLE agreement (
+    edge TEXT NOT NULL PRIMARY KEY, answers TEXT NOT NULL, updated_ms INTEGER NOT NULL, seal BLOB NOT NULL
+) WITHOUT ROWID;
+""",
+}
+"""What each later version has beside `TABLES`."""
 
 
 class Malformed(sqlite3.DatabaseError):
@@ -89,25 +97,33 @@ def prepare(db: sqlite3.Connection) -> None:
         StoreTooNew: a newer version wrote them.
         sqlite3.Error: from SQLite; `Malformed` where the file is none of ours.
     """
-    if not _tables(db):
+    there = _tables(db)
+    if not there:
         (pages,) = db.execute("PRAGMA page_count").fetchone()
         if pages > 1:
             raise Malformed(f"malformed: it has {pages} pages and no table")
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            for statement in _statements():
-                db.execute(statement)
-            put_meta(db, "version", VERSION)
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+        _make(db, _statements(TABLES), range(1, VERSION + 1))
         return
-    _check_version(db)
-    if _tables(db) != _expected():
+    version = _checked_version(db)
+    if there != _expected(version):
         raise Malformed("malformed: its tables are not those of a store")
     check(db)
+    if version < VERSION:
+        _make(db, [], range(version + 1, VERSION + 1))
+
+
+def _make(db: sqlite3.Connection, statements: list[str], versions: range) -> None:
+    """Make tables, and what the given versions have added."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for statement in (*statements, *(s for v in versions for s in _statements(ADDED.get(v, "")))):
+            db.execute(statement)
+        put_meta(db, "version", VERSION)
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def check(db: sqlite3.Connection) -> None:
@@ -139,7 +155,7 @@ def meta(db: sqlite3.Connection, name: str) -> int:
     return value
 
 
-def _check_version(db: sqlite3.Connection) -> None:
+def _checked_version(db: sqlite3.Connection) -> int:
     try:
         version = meta(db, "version")
     except sqlite3.OperationalError as error:
@@ -153,6 +169,7 @@ def _check_version(db: sqlite3.Connection) -> None:
         )
     if version < 1:
         raise Malformed(f"malformed: it says that its version is {version}")
+    return version
 
 
 def _tables(db: sqlite3.Connection) -> list[tuple[object, ...]]:
@@ -160,20 +177,21 @@ def _tables(db: sqlite3.Connection) -> list[tuple[object, ...]]:
 
 
 @cache
-def _expected() -> list[tuple[object, ...]]:
+def _expected(version: int) -> list[tuple[object, ...]]:
     db = sqlite3.connect(":memory:")
     try:
-        for statement in _statements():
-            db.execute(statement)
+        for text in (TABLES, *(ADDED.get(v, "") for v in range(2, version + 1))):
+            for statement in _statements(text):
+                db.execute(statement)
         return _tables(db)
     finally:
         db.close()
 
 
-def _statements() -> list[str]:
+def _statements(text: str) -> list[str]:
     """One statement each; `executescript` would commit the transaction that they must share."""
     found, waiting = [], ""
-    for line in TABLES.splitlines(keepends=True):
+    for line in text.splitlines(keepends=True):
         waiting += line
         if sqlite3.complete_statement(waiting):
             found.append(waiting.strip())

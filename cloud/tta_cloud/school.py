@@ -12,13 +12,13 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
-from tta_cloud import learners, ledger, samples, steering
+from tta_cloud import agreement, learners, ledger, samples, steering
 from tta_cloud.config import Config
 from tta_cloud.control import RollBack
 from tta_cloud.errors import CloudError, GroupPinned, Internal, SnapshotUnreadable
@@ -41,6 +41,8 @@ SCANNED = 1024
 """Waiting samples that are looked at for one round."""
 JUDGED = 256
 """Held-out samples that judge a patch, the newest ones."""
+BASES = 16
+"""Thetas of earlier patches that are kept in memory for a group."""
 PATIENCE = 5
 """Refusals by the gate in a row, after which the student goes on from the head."""
 
@@ -53,8 +55,8 @@ class _Group:
     generation: int
     head: Vector
     refused: int = 0
-    waits: bool = False
     held: list[Stored] = field(default_factory=list)
+    bases: dict[int, Vector] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,8 +207,32 @@ class School:
         if done.refused:
             log.warning("group %s: a round was not finite; it is not published", name)
             return True
+        self._compare(name, group, sorted((*new, *held), key=lambda each: each.number))
         self._publish(name, group, len(new))
         return True
+
+    def _compare(self, name: str, group: _Group, rows: Sequence[Stored]) -> None:
+        """Note how often edges and teacher agree; nothing else depends on it."""
+        try:
+            found = agreement.compare(group.learner, lambda seq: self._base(name, group, seq), rows)
+            self._store.call(agreement.note(found, self._now_ms()))
+        except TtaError as error:
+            log.warning(
+                "group %s: how often its edges agree with the teacher cannot be told: %s", name, error
+            )
+
+    def _base(self, name: str, group: _Group, seq: int) -> Vector | None:
+        """The theta of a number, of this epoch; None where it cannot be had."""
+        if not seq:
+            return self._student.bundle.theta0
+        if seq not in group.bases:
+            try:
+                epoch = self._identity.root.epoch
+                theta = self._theta(name, self._store.read(lambda db: ledger.get(db, name, epoch, seq)))
+            except TtaError:
+                return None
+            group.bases = {**dict(list(group.bases.items())[1 - BASES :]), seq: theta}
+        return group.bases[seq]
 
     def _replay(self, name: str, group: _Group, draw: int) -> np.ndarray:
         options, spec = self._config.learner, self._student.bundle.manifest.input

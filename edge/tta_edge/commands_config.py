@@ -64,7 +64,7 @@ def check(
     Example: tta-edge config check edge.toml
     """
     from tta_edge.config import HTTP_OFF, resolve
-    from tta_edge.endpoint import check_bind
+    from tta_runtime.endpoint import check_bind
 
     resolved = resolve(file=file)
     wanted = resolved.config

@@ -43,7 +43,8 @@ def doctor(
     from rich.console import Console
 
     from tta_edge.config import resolve
-    from tta_edge.doctor import checks, form, line, passed, summary
+    from tta_edge.doctor import checks, line, summary
+    from tta_runtime.checks import form, passed
 
     console, found = Console(highlight=False, markup=False, emoji=False), []
     for check in checks(

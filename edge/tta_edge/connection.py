@@ -19,10 +19,10 @@ from typing import Any
 
 import zmq
 
-from tta_edge.endpoint import parse
 from tta_edge.errors import BadEndpoint, ClientClosed, ConnectionLost, DeadlineExceeded, Unreachable
 from tta_edge.session import ClientSession
 from tta_edge.wire import REPLY_LIMITS, Received, Request, Tensors
+from tta_runtime.endpoint import parse
 from tta_runtime.errors import TtaError, WireError
 
 RECONNECT_MS, RECONNECT_MAX_MS = 50, 2_000  # the wait doubles from the one to the other

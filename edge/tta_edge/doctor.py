@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,10 +10,11 @@ from rich.text import Text
 
 from tta_edge import doctor_machine as machine
 from tta_edge import hosting
-from tta_edge.checks import Check, Verdict, fail, ok
 from tta_edge.config import Config, Resolved
 from tta_edge.doctor_bundle import check_bundle
 from tta_edge.doctor_memory import memory, stored_bytes
+from tta_runtime import machine as common
+from tta_runtime.checks import Check, Verdict, fail, ok, passed
 from tta_runtime.errors import TtaError
 
 STYLES = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
@@ -28,15 +28,15 @@ def checks(settings: Callable[[], Resolved], batch: int, *, measure: bool = True
         batch: samples of a request, as the user expects them.
         measure: start a daemon to measure its memory.
     """
-    yield machine.python()
-    yield machine.packages()
-    yield machine.onnxruntime()
+    yield common.python()
+    yield common.packages()
+    yield common.onnxruntime()
     try:
         resolved = settings()
     except TtaError as error:
         yield fail("settings", f"{error.code}: {error.cause}", error.fix)
-        yield machine.open_files()
-        yield machine.clock()
+        yield common.open_files()
+        yield common.clock()
         return
     changed = sum(origin != "default" for key, origin in resolved.origin.items() if "." not in key)
     yield ok("settings", f"{changed} of them set, the others at their default (tta-edge config show)")
@@ -61,15 +61,10 @@ def _with(config: Config, batch: int, *, measure: bool) -> Iterator[Check]:
     running = machine.whoever_answers(config.bind)
     yield machine.disk(config, running, slot_bytes=slot_bytes)
     yield from machine.ports(config, running)
-    yield machine.open_files()
-    yield machine.clock()
+    yield common.open_files()
+    yield common.clock()
     if measure and good:
         yield memory(config, batch, machine.available_bytes())
-
-
-def passed(found: Sequence[Check]) -> bool:
-    """Whether no check failed."""
-    return all(check.verdict is not Verdict.FAIL for check in found)
 
 
 def line(number: int, check: Check) -> RenderableType:
@@ -92,20 +87,3 @@ def summary(found: Sequence[Check]) -> RenderableType:
     text = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items())
     worst = next(verdict for verdict in (Verdict.FAIL, Verdict.WARN, Verdict.OK) if counts[verdict])
     return Group(Text(text, style=STYLES[worst]))
-
-
-def form(found: Sequence[Check]) -> dict[str, Any]:
-    """The report as plain JSON values."""
-    return {
-        "passed": passed(found),
-        "checks": [
-            {
-                "number": number,
-                "name": each.name,
-                "verdict": each.verdict.value,
-                "text": each.text,
-                "fix": each.fix,
-            }
-            for number, each in enumerate(found, 1)
-        ],
-    }

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tta_edge import hosting
-from tta_edge.checks import Check, fail, ok, warn
 from tta_edge.config import BundleConfig, Config
 from tta_edge.wire import InputInfo
 from tta_runtime import Bundle, Engines, InputSpec, Manifest, Model
+from tta_runtime.checks import Check, fail, ok, warn
 from tta_runtime.errors import TtaError
 
 STATISTICS = frozenset({"mean", "var"})

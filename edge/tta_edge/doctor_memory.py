@@ -18,7 +18,6 @@ from rich.filesize import decimal
 
 from tta_edge import hosting
 from tta_edge.adapt import CHECKPOINTS
-from tta_edge.checks import Check, fail, ok, warn
 from tta_edge.client import Client
 from tta_edge.config import HTTP_OFF, Config
 from tta_edge.demo import daemon
@@ -26,6 +25,7 @@ from tta_edge.doctor_bundle import noise, sample_bytes
 from tta_edge.errors import Busy
 from tta_edge.wire import StatusReply, StreamStatus
 from tta_runtime import Bundle, Manifest
+from tta_runtime.checks import Check, fail, ok, warn
 from tta_runtime.errors import TtaError
 
 STREAM = "doctor"

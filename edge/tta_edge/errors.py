@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from tta_runtime.errors import AddressInUse as AddressInUse
+from tta_runtime.errors import BadEndpoint as BadEndpoint
+from tta_runtime.errors import CannotBind as CannotBind
+from tta_runtime.errors import RemoteBindRefused as RemoteBindRefused
+from tta_runtime.errors import StartError as StartError
 from tta_runtime.errors import TtaError
 
 
@@ -60,30 +65,6 @@ class Internal(ServiceError):
     code = "internal"
 
 
-class StartError(TtaError):
-    """The daemon cannot start serving."""
-
-    code = "start"
-
-
-class BadEndpoint(StartError):
-    """An endpoint is not of a form that can be bound or reached."""
-
-    code = "bad-endpoint"
-
-
-class RemoteBindRefused(StartError):
-    """A bind that other machines could reach was not asked for explicitly."""
-
-    code = "remote-bind-refused"
-
-
-class AddressInUse(StartError):
-    """Another process listens on the address already."""
-
-    code = "address-in-use"
-
-
 class StateDirUnusable(StartError):
     """The state directory cannot be made, read or written."""
 
@@ -94,12 +75,6 @@ class StateDirInUse(StartError):
     """Another daemon uses the state directory."""
 
     code = "state-dir-in-use"
-
-
-class CannotBind(StartError):
-    """The operating system refuses the address."""
-
-    code = "cannot-bind"
 
 
 class ModeRefused(StartError):

@@ -8,24 +8,14 @@ grows with the bundles only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
-from prometheus_client.registry import Collector
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 from tta_edge.events import Reason
-from tta_edge.stats import BOUNDS_S, Figures, Histogram
+from tta_edge.stats import Figures
 from tta_edge.wire import StatusReply, StreamState, StreamStatus
+from tta_runtime.metrics import Definition, Samples, described, render
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STEP_RESULTS = ("committed", "refused")
 CAUSES: Mapping[str, tuple[Reason, ...]] = {
     "reset": (
@@ -47,85 +37,17 @@ CAUSES: Mapping[str, tuple[Reason, ...]] = {
 }
 """What can be behind an action: counted from 0, because a rate does not see the first value of a new series."""
 
-Samples = Iterable[tuple[tuple[str, ...], Any]]
-"""Label values, in the order of the definition's labels, and the value: a number, or a `Histogram`."""
-
-
-@dataclass(frozen=True)
-class Definition:
-    """One metric family.
-
-    Attributes:
-        name: as it stands in a query; a histogram's without `_bucket`, `_sum` and `_count`.
-        kind: its Prometheus type.
-        labels: names of its labels.
-        meaning: the HELP text.
-        read: its samples at one moment.
-        triton: the metric of the Triton inference server that means the same, if any.
-    """
-
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    labels: tuple[str, ...]
-    meaning: str
-    read: Callable[[StatusReply, Figures], Samples]
-    triton: str = ""
-
-    def family(self, status: StatusReply, figures: Figures) -> Metric:
-        """The family with its samples."""
-        samples = self.read(status, figures)
-        if self.kind == "histogram":
-            return _histograms(self, samples)
-        kind = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
-        family = kind(self.name, self.meaning, labels=self.labels)
-        for labels, value in samples:
-            family.add_metric(labels, value)
-        return family
+Metric = Definition[[StatusReply, Figures]]
 
 
 def exposition(status: StatusReply, figures: Figures) -> bytes:
     """Everything in `METRICS` in Prometheus' text format, version 0.0.4."""
-    registry = CollectorRegistry()
-    registry.register(_Moment(status, figures))
-    return generate_latest(registry)
+    return render(METRICS, status, figures)
 
 
 def table() -> str:
     """The metrics as a Markdown table, for docs/metrics.md."""
-    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
-    for metric in METRICS:
-        labels = ", ".join(f"`{label}`" for label in metric.labels)
-        after = f" As Triton's `{metric.triton}`." if metric.triton else ""
-        rows.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.meaning}{after} |")
-    return "\n".join(rows)
-
-
-@dataclass(frozen=True, eq=False)  # the registry keeps its collectors by identity
-class _Moment(Collector):
-    """What the client library asks for the metrics of one scrape."""
-
-    status: StatusReply
-    figures: Figures
-
-    def collect(self) -> Iterator[Metric]:
-        """All families."""
-        return (metric.family(self.status, self.figures) for metric in METRICS)
-
-
-def _histograms(metric: Definition, samples: Samples) -> Metric:
-    family = HistogramMetricFamily(metric.name, metric.meaning, labels=metric.labels)
-    for labels, value in samples:
-        family.add_metric(labels, buckets=_buckets(value), sum_value=value.total)
-    return family
-
-
-def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """Cumulative counts by upper bound, as the format wants them."""
-    below, buckets = 0, []
-    for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), histogram.counts, strict=True):
-        below += count
-        buckets.append((bound, float(below)))
-    return buckets
+    return described(METRICS)
 
 
 # --- how metrics are read -----------------------------------------------------------------------------
@@ -194,15 +116,15 @@ def _over_streams(
 
 _OVER = ("bundle", "aggregate")
 
-METRICS: tuple[Definition, ...] = (
-    Definition(
+METRICS: tuple[Metric, ...] = (
+    Metric(
         "tta_build_info",
         "gauge",
         ("version",),
         "Always 1; the label says which version runs.",
         lambda status, _: [((status.version,), 1)],
     ),
-    Definition(
+    Metric(
         "tta_bundle_info",
         "gauge",
         ("bundle", "model", "method", "provider", "digest"),
@@ -212,42 +134,42 @@ METRICS: tuple[Definition, ...] = (
             for bundle in status.bundles
         ],
     ),
-    Definition(
+    Metric(
         "tta_bundle_loads_total",
         "counter",
         ("bundle",),
         "How often the bundle was loaded: 1 for the start, one more for each reload.",
         lambda status, _: [((bundle.name,), bundle.loads) for bundle in status.bundles],
     ),
-    Definition(
+    Metric(
         "tta_uptime_seconds",
         "gauge",
         (),
         "Time since the daemon started.",
         lambda status, _: _one(status.uptime_s),
     ),
-    Definition(
+    Metric(
         "tta_resident_memory_bytes",
         "gauge",
         (),
         "Resident memory of the daemon.",
         lambda status, _: _one(status.rss_bytes),
     ),
-    Definition(
+    Metric(
         "tta_disk_ok",
         "gauge",
         (),
         "0 if the last write to the state directory failed, else 1.",
         lambda status, _: _one(float(not status.disk_error)),
     ),
-    Definition(
+    Metric(
         "tta_requests_total",
         "counter",
         ("message",),
         "Requests of any kind that got what they asked for.",
         lambda _, figures: _by_name(figures.answered),
     ),
-    Definition(
+    Metric(
         "tta_inference_request_success_total",
         "counter",
         ("bundle",),
@@ -257,7 +179,7 @@ METRICS: tuple[Definition, ...] = (
         ),
         triton="nv_inference_request_success",
     ),
-    Definition(
+    Metric(
         "tta_inference_request_failure_total",
         "counter",
         ("reason",),
@@ -265,7 +187,7 @@ METRICS: tuple[Definition, ...] = (
         lambda _, figures: _by_name(figures.refused),
         triton="nv_inference_request_failure",
     ),
-    Definition(
+    Metric(
         "tta_inference_count_total",
         "counter",
         ("bundle",),
@@ -273,7 +195,7 @@ METRICS: tuple[Definition, ...] = (
         lambda status, figures: _by_bundle(status, figures.samples),
         triton="nv_inference_count",
     ),
-    Definition(
+    Metric(
         "tta_inference_exec_count_total",
         "counter",
         ("bundle",),
@@ -281,7 +203,7 @@ METRICS: tuple[Definition, ...] = (
         lambda status, figures: _by_bundle(status, figures.runs),
         triton="nv_inference_exec_count",
     ),
-    Definition(
+    Metric(
         "tta_inference_request_duration_seconds",
         "histogram",
         ("bundle",),
@@ -289,7 +211,7 @@ METRICS: tuple[Definition, ...] = (
         lambda _, figures: _by_name(figures.request_s),
         triton="nv_inference_request_duration_us",
     ),
-    Definition(
+    Metric(
         "tta_inference_queue_duration_seconds",
         "histogram",
         ("bundle",),
@@ -297,7 +219,7 @@ METRICS: tuple[Definition, ...] = (
         lambda _, figures: _by_name(figures.queue_s),
         triton="nv_inference_queue_duration_us",
     ),
-    Definition(
+    Metric(
         "tta_inference_compute_infer_duration_seconds",
         "histogram",
         ("bundle",),
@@ -305,7 +227,7 @@ METRICS: tuple[Definition, ...] = (
         lambda _, figures: _by_name(figures.compute_s),
         triton="nv_inference_compute_infer_duration_us",
     ),
-    Definition(
+    Metric(
         "tta_inference_pending_request_count",
         "gauge",
         (),
@@ -313,56 +235,56 @@ METRICS: tuple[Definition, ...] = (
         lambda status, _: _one(status.requests.open),
         triton="nv_inference_pending_request_count",
     ),
-    Definition(
+    Metric(
         "tta_adapt_enabled",
         "gauge",
         (),
         "The kill switch: 1 if streams may adapt, 0 if none may.",
         lambda status, _: _one(float(status.adapt)),
     ),
-    Definition(
+    Metric(
         "tta_steps_total",
         "counter",
         ("bundle", "result"),
         "Steps of the method, `committed` or `refused` by a guard.",
         _steps,
     ),
-    Definition(
+    Metric(
         "tta_step_duration_seconds",
         "histogram",
         ("bundle",),
         "Time of a step.",
         lambda _, figures: _by_name(figures.step_s),
     ),
-    Definition(
+    Metric(
         "tta_events_total",
         "counter",
         ("action", "reason"),
         "Everything the daemon did by itself or was told to do; reasons are listed in operations.md.",
         lambda _, figures: list(figures.events.items()),
     ),
-    Definition(
+    Metric(
         "tta_resets_total",
         "counter",
         ("reason",),
         "Streams returned to the source.",
         _events("reset"),
     ),
-    Definition(
+    Metric(
         "tta_rollbacks_total",
         "counter",
         ("reason",),
         "Streams returned to their last good checkpoint.",
         _events("rollback"),
     ),
-    Definition(
+    Metric(
         "tta_refused_steps_total",
         "counter",
         ("reason",),
         "Steps that a guard refused; theta stayed as it was.",
         _events("refuse"),
     ),
-    Definition(
+    Metric(
         "tta_streams",
         "gauge",
         ("bundle", "state"),
@@ -370,49 +292,49 @@ METRICS: tuple[Definition, ...] = (
         "step; `off`, switched off.",
         _streams,
     ),
-    Definition(
+    Metric(
         "tta_streams_held",
         "gauge",
         ("place",),
         "Streams by where they are: in `memory`, or on `disk` only.",
         lambda status, _: [(("memory",), len(status.streams)), (("disk",), status.stored_streams)],
     ),
-    Definition(
+    Metric(
         "tta_window_samples",
         "gauge",
         ("bundle",),
         "Samples that wait for a step, over all streams.",
         _waiting,
     ),
-    Definition(
+    Metric(
         "tta_dropped_samples_total",
         "counter",
         (),
         "Samples that left a window without having been adapted on.",
         lambda _, figures: _one(figures.dropped),
     ),
-    Definition(
+    Metric(
         "tta_stream_entropy_nats",
         "gauge",
         _OVER,
         "Running mean entropy of the predictions: `minimum`, `mean`, `maximum` over the streams in memory.",
         _over_streams(lambda stream: stream.entropy),
     ),
-    Definition(
+    Metric(
         "tta_stream_diversity_ratio",
         "gauge",
         _OVER,
         "Entropy of the running mean prediction as a fraction of ln C, over the streams; near 0: collapsed.",
         _over_streams(lambda stream: stream.diversity),
     ),
-    Definition(
+    Metric(
         "tta_stream_distance_ratio",
         "gauge",
         _OVER,
         "Distance of theta to the source theta, relative to the norm of the latter, over the streams.",
         _over_streams(lambda stream: stream.distance),
     ),
-    Definition(
+    Metric(
         "tta_stream_agreement_ratio",
         "gauge",
         _OVER,

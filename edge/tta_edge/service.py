@@ -23,15 +23,16 @@ import zmq
 
 from tta_edge.batching import Call, Inbox
 from tta_edge.config import HTTP_OFF, Config
-from tta_edge.endpoint import check_bind
 from tta_edge.errors import AddressInUse, CannotBind
-from tta_edge.health import HealthServer
+from tta_edge.metrics import exposition
 from tta_edge.notify import Notifier, watchdog_s
 from tta_edge.responder import Responder
 from tta_edge.session import Arrived, Frames, Phase, Refused, ServerSession
-from tta_edge.stats import Figures, Stats
-from tta_edge.wire import Limits, Reply, StatusReply, Tensors
+from tta_edge.stats import Stats
+from tta_edge.wire import Limits, Reply, Tensors
 from tta_runtime.atomic import DISK, Disk
+from tta_runtime.endpoint import check_bind
+from tta_runtime.health import HealthServer
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +127,10 @@ class Server:
 
     # --- what health.py asks for, from its own thread -----------------------------------------------
 
-    def telemetry(self) -> tuple[StatusReply, Figures]:
-        """Status and figures of one moment."""
+    def exposition(self) -> bytes:
+        """Everything of one moment as Prometheus text."""
         figures = self.stats.figures()
-        return self._responder.status(0, figures), figures
+        return exposition(self._responder.status(0, figures), figures)
 
     def alive(self) -> bool:
         """Whether the main loop turns and no answer takes for ever."""
@@ -169,7 +170,9 @@ class Server:
         cleanup.callback(self._notifier.close)
         # Bound before bundles are loaded, so that a wrong address is not found after a minute; it answers when there
         # is something to say.
-        health = None if config.http == HTTP_OFF else HealthServer(config.http, self, config.allow_remote)
+        health = None
+        if config.http != HTTP_OFF:
+            health = HealthServer(config.http, self, config.allow_remote, name="tta-edge")
         if health is not None:
             cleanup.callback(health.close)
         self._responder = Responder(

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from tta_runtime.histogram import Histogram
 
 WINDOW = 2048  # values a quantile looks back on; older ones are forgotten, so memory never grows
-BOUNDS_S = (
-    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-)  # fmt: skip
-"""Upper bounds of the histograms' buckets, in seconds."""
 
 
 def quantile(values: Iterable[float], q: float) -> float:
@@ -30,28 +27,6 @@ def quantile(values: Iterable[float], q: float) -> float:
     if not ordered:
         return math.nan
     return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
-
-
-@dataclass
-class Histogram:
-    """How many values fell below each bound, as Prometheus counts them.
-
-    Attributes:
-        counts: one for each of `BOUNDS_S` and one for what is above; not cumulative.
-        total: sum of all values, in seconds.
-    """
-
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
-    total: float = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count one value."""
-        self.counts[bisect.bisect_left(BOUNDS_S, seconds)] += 1
-        self.total += seconds
-
-    def copy(self) -> Histogram:
-        """The same figures, which go on by themselves."""
-        return Histogram(list(self.counts), self.total)
 
 
 @dataclass(frozen=True)

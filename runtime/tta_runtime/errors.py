@@ -581,3 +581,33 @@ class KeyExposed(KeyFileRefused):
     """Others than the owner can read a secret key."""
 
     code = "key-exposed"
+
+
+class StartError(TtaError):
+    """A service cannot start."""
+
+    code = "start"
+
+
+class BadEndpoint(StartError):
+    """An endpoint is not of a form that can be bound or reached."""
+
+    code = "bad-endpoint"
+
+
+class RemoteBindRefused(StartError):
+    """A bind that other machines could reach was not asked for explicitly."""
+
+    code = "remote-bind-refused"
+
+
+class AddressInUse(StartError):
+    """Another process listens on the address already."""
+
+    code = "address-in-use"
+
+
+class CannotBind(StartError):
+    """The operating system refuses the address."""
+
+    code = "cannot-bind"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 
-from tta_edge.errors import BadEndpoint, RemoteBindRefused
+from .errors import BadEndpoint, RemoteBindRefused
 
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(?P<port>\d{1,5}|\*)\Z")
 

@@ -1,13 +1,15 @@
-"""What a check of `tta-edge doctor` says."""
+"""What a check of `tta-edge doctor` or `tta-cloud doctor` says."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class Verdict(str, Enum):
-    """Result of a check. Only `fail` means that the daemon will not do what it was set up for."""
+    """Result of a check. Only `fail` means that the service will not do what it was set up for."""
 
     OK = "ok"
     WARN = "warn"
@@ -44,3 +46,25 @@ def warn(name: str, text: str, fix: str) -> Check:
 def fail(name: str, text: str, fix: str) -> Check:
     """Something that has to be put right."""
     return Check(name, Verdict.FAIL, text, fix)
+
+
+def passed(found: Sequence[Check]) -> bool:
+    """Whether no check failed."""
+    return all(check.verdict is not Verdict.FAIL for check in found)
+
+
+def form(found: Sequence[Check]) -> dict[str, Any]:
+    """The report as plain JSON values."""
+    return {
+        "passed": passed(found),
+        "checks": [
+            {
+                "number": number,
+                "name": each.name,
+                "verdict": each.verdict.value,
+                "text": each.text,
+                "fix": each.fix,
+            }
+            for number, each in enumerate(found, 1)
+        ],
+    }

@@ -1,8 +1,8 @@
-"""HTTP for those who watch the daemon: /metrics for Prometheus, /livez and /readyz for whoever restarts it.
+"""HTTP for those who watch a service: /metrics for Prometheus, /livez and /readyz for whoever restarts it.
 
 A thread accepts, one more for each of at most 16 connections answers one request and closes. A request is at
-most 8 KiB, a connection lasts at most 5 seconds whatever the other end does, and nothing is read from disk. The
-serving loop takes no part: what it knows is read through `Telemetry`.
+most 8 KiB and a connection lasts at most 5 seconds, whatever the other end does. The serving loop takes no part: what
+it knows is read through `Watched`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ from typing import Protocol
 
 import msgspec
 
-from tta_edge.endpoint import is_loopback, parse
-from tta_edge.errors import AddressInUse, BadEndpoint, CannotBind, RemoteBindRefused
-from tta_edge.metrics import CONTENT_TYPE, exposition
-from tta_edge.stats import Figures
-from tta_edge.wire import StatusReply
+from .endpoint import is_loopback, parse
+from .errors import AddressInUse, BadEndpoint, CannotBind, RemoteBindRefused
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +35,18 @@ MAX_DROPPED_BYTES = 64 * 1024  # of a body that nobody asked for
 METHODS = ("GET", "HEAD")
 NO_DESCRIPTOR_S = 0.2  # pause when the process cannot open one more descriptor
 JSON = "application/json"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+"""Content type of Prometheus' text format."""
+OFF = "off"
+"""Instead of an address: no HTTP."""
 CHOICES = "Choose another with --http (127.0.0.1:0 takes a free port), or turn it off with --http off"
 
 
-class Telemetry(Protocol):
-    """What is asked of the daemon. Every method is called from several threads and must not wait for a step."""
+class Watched(Protocol):
+    """What is asked of a service. Every method is called from several threads and must not wait for a step."""
 
-    def telemetry(self) -> tuple[StatusReply, Figures]:
-        """How the daemon is doing, now."""
+    def exposition(self) -> bytes:
+        """Its figures as Prometheus text, now."""
 
     def alive(self) -> bool:
         """Whether the serving loop makes progress."""
@@ -59,8 +60,9 @@ class HealthServer:
 
     Args:
         address: HOST:PORT; port 0 takes a free one.
-        daemon: asked for what is answered.
+        watched: asked for what is answered.
         allow_remote: whether `address` may be one that other machines can reach.
+        name: of the service, for the Server header.
         timeout_s: of one connection.
 
     Attributes:
@@ -74,12 +76,18 @@ class HealthServer:
     """
 
     def __init__(
-        self, address: str, daemon: Telemetry, allow_remote: bool, *, timeout_s: float = TIMEOUT_S
+        self,
+        address: str,
+        watched: Watched,
+        allow_remote: bool,
+        *,
+        name: str,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self._listener = _listen(address, allow_remote)
         host, port = self._listener.getsockname()[:2]
         self.endpoint = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self.pages = Pages(daemon, timeout_s)
+        self.pages = Pages(watched, name, timeout_s)
         self._timeout_s = timeout_s
         self._open: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -162,12 +170,14 @@ class Pages:
     """What is answered, by path.
 
     Args:
-        daemon: asked for it.
+        watched: asked for it.
+        name: of the service.
         timeout_s: of a connection; a scrape waits half of it for another one to end.
     """
 
-    def __init__(self, daemon: Telemetry, timeout_s: float) -> None:
-        self._daemon = daemon
+    def __init__(self, watched: Watched, name: str, timeout_s: float) -> None:
+        self.name = name
+        self._watched = watched
         self._wait_s = timeout_s / 2  # so that there is time left to say that it was in vain
         self._scraping = threading.Lock()
         self._failing: set[str] = set()
@@ -191,33 +201,33 @@ class Pages:
             if path not in self._failing:  # said once, not at every scrape
                 log.exception("a defect while answering %s", path)
             self._failing.add(path)
-            return _error(500, "internal", "the daemon failed", "Report it with the daemon's log")
+            return _error(500, "internal", f"{self.name} failed", "Report it with its log")
         self._failing.discard(path)
         return answer
 
     def metrics(self) -> Page:
-        """Everything in metrics.py. One at a time: several scrapers together cost no more than one."""
+        """Every figure. One at a time: several scrapers together cost no more than one."""
         if not self._scraping.acquire(timeout=self._wait_s):
             return _error(503, "busy", "another scrape has not ended yet", "Repeat it later")
         try:
-            return Page(200, CONTENT_TYPE, exposition(*self._daemon.telemetry()))
+            return Page(200, METRICS, self._watched.exposition())
         finally:
             self._scraping.release()
 
     def livez(self) -> Page:
         """Whether the process is worth keeping."""
-        if self._daemon.alive():
+        if self._watched.alive():
             return _OK
         cause = "the serving loop makes no progress"
-        return _error(503, "stalled", cause, "Restart the daemon and report its log")
+        return _error(503, "stalled", cause, f"Restart {self.name} and report its log")
 
     def readyz(self) -> Page:
         """Whether requests are answered."""
-        if not self._daemon.alive():
+        if not self._watched.alive():
             return self.livez()
-        if self._daemon.accepting():
+        if self._watched.accepting():
             return _OK
-        return _error(503, "not-ready", "the daemon is starting or draining", "Repeat it later")
+        return _error(503, "not-ready", f"{self.name} is starting or draining", "Repeat it later")
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -284,7 +294,7 @@ class _Exchange(BaseHTTPRequestHandler):
 
     def version_string(self) -> str:
         """The Server header, without the versions of what it is made of."""
-        return "tta-edge"
+        return self._pages.name
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """A scrape every few seconds is nothing to log."""
