@@ -156,6 +156,12 @@ def serve(
     store: Annotated[str | None, typer.Option(help="Directory of the service.")] = None,
     bind: Annotated[str | None, typer.Option(help="Where edges connect.")] = None,
     enroll_bind: Annotated[str | None, typer.Option(help="Where edges enrol.")] = None,
+    http: Annotated[
+        str | None, typer.Option(help="HOST:PORT of metrics and health, or off (the default).")
+    ] = None,
+    allow_remote: Annotated[
+        bool | None, typer.Option("--allow-remote", help="Let other machines reach --http.")
+    ] = None,
 ) -> None:
     """Run the service until SIGTERM or Ctrl-C. Prints `ready ENDPOINT` on stderr when it answers.
 
@@ -168,7 +174,10 @@ def serve(
     from tta_cloud.config import resolve
     from tta_cloud.start import start
 
-    flags = {"student": student, "teacher": teacher, "store": store, "bind": bind, "enroll_bind": enroll_bind}
+    flags = {
+        "student": student, "teacher": teacher, "store": store, "bind": bind, "enroll_bind": enroll_bind,
+        "http": http, "allow_remote": allow_remote,
+    }  # fmt: skip
     resolved = resolve(flags=flags, environment=os.environ, file=config)
     logging.basicConfig(
         level=resolved.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -46,6 +46,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Where edges connect. Every connection is encrypted, and only enrolled keys are let in."""
     enroll_bind: str = "tcp://127.0.0.1:7611"
     """Where edges enrol with a token; empty: nowhere."""
+    http: str = "off"
+    """HOST:PORT of /metrics, /livez and /readyz, for example 127.0.0.1:7612; off: none."""
+    allow_remote: bool = False
+    """Whether `http` may be an address that other machines can reach; it is neither encrypted nor authenticated."""
     threads: int = 1
     """Of the engines."""
     head_every_s: float = 5.0

@@ -179,17 +179,18 @@ def entries(db: sqlite3.Connection, group: str, limit: int = 100) -> list[Entry]
     return found
 
 
+def served(db: sqlite3.Connection, group: str) -> Entry | None:
+    """`newest` without its bytes."""
+    return _newest_entry(db, group, "('published', 'pinned')")
+
+
 def pinned(db: sqlite3.Connection, group: str) -> Entry | None:
     """The patch at which a group is to stay; None where it goes on.
 
     Raises:
         DamagedRecord: it is damaged.
     """
-    row = db.execute(
-        f"SELECT {_ENTRY} FROM patches WHERE grp = ? AND state = 'pinned' ORDER BY epoch DESC, seq DESC LIMIT 1",
-        (group,),
-    ).fetchone()
-    return None if row is None else decode_entry(row)
+    return _newest_entry(db, group, "('pinned')")
 
 
 def after(db: sqlite3.Connection, group: str, epoch: int, seq: int) -> list[Entry]:
@@ -250,6 +251,14 @@ def decode(row: Sequence[Any]) -> Patch:
 
 
 # ------------------------------------------------------------------------------------------ inside
+
+
+def _newest_entry(db: sqlite3.Connection, group: str, states: str) -> Entry | None:
+    row = db.execute(
+        f"SELECT {_ENTRY} FROM patches WHERE grp = ? AND state IN {states} ORDER BY epoch DESC, seq DESC LIMIT 1",
+        (group,),
+    ).fetchone()
+    return None if row is None else decode_entry(row)
 
 
 def _row(db: sqlite3.Connection, columns: str, group: str, epoch: int, seq: int) -> Sequence[Any]:

@@ -91,8 +91,8 @@ def fleet(store: Path, now_ms: int | None = None) -> list[dict[str, Any]]:
     def look(db: sqlite3.Connection) -> list[dict[str, Any]]:
         rows, agreed = [], agreement.known(db)
         for edge in edges.listed(db):
-            newest = ledger.newest(db, edge.group)
-            epoch, seq = (0, 0) if newest is None else (newest.entry.epoch, newest.entry.seq)
+            newest = ledger.served(db, edge.group)
+            epoch, seq = (0, 0) if newest is None else (newest.epoch, newest.seq)
             behind = max(0, seq - edge.seq if epoch == edge.epoch else seq)
             since_ms = _missing_since_ms(db, edge, now) if behind else now
             found = agreed.get(edge.key)

@@ -27,6 +27,7 @@ from tta_cloud.identity import Identity
 from tta_cloud.intake import balanced
 from tta_cloud.learner import Learner, Round
 from tta_cloud.records import Entry, Patch, PatchState, Stored
+from tta_cloud.stats import Stats
 from tta_cloud.store import Store
 from tta_runtime import theta as thetas
 from tta_runtime.errors import EngineError, InputError, TtaError
@@ -82,6 +83,7 @@ class School:
         store: of samples and patches.
         identity: signs.
         published: told of each new patch, on this thread.
+        stats: of the service.
         clock_s: seconds since 1970.
         labelled: x and y of an operator's hold-out.
     """
@@ -95,6 +97,7 @@ class School:
         identity: Identity,
         published: Callable[[Published], None],
         *,
+        stats: Stats | None = None,
         clock_s: Callable[[], float] = time.time,
         labelled: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
@@ -104,6 +107,7 @@ class School:
         self._store = store
         self._identity = identity
         self._published = published
+        self._stats = stats or Stats()
         self._clock_s = clock_s
         self._labelled = labelled
         self._groups: dict[str, _Group] = {}
@@ -188,6 +192,7 @@ class School:
         x = np.stack([each.sample.array() for each in new])
         before = group.learner.snapshot()
         keys = [each.sample.key for each in (*new, *held)]
+        began_s = time.monotonic()
         try:
             done = group.learner.learn(x, draws)
         except (InputError, EngineError) as error:
@@ -203,6 +208,7 @@ class School:
         except CloudError:
             group.learner.restore(before)
             raise
+        self._stats.learned(name, "refused" if done.refused else "learned", time.monotonic() - began_s)
         group.held = [*group.held, *held][-JUDGED:]
         if done.refused:
             log.warning("group %s: a round was not finite; it is not published", name)
@@ -248,6 +254,7 @@ class School:
 
     def _publish(self, name: str, group: _Group, count: int) -> None:
         learner, verdict = group.learner, self._judge(group)
+        self._stats.judged(name, verdict.reason or "passed")
         if not verdict.passed and verdict.reason != "few-samples":
             group.refused += 1
             scores = f"{verdict.score:.4f} after {verdict.head:.4f}"

@@ -30,10 +30,13 @@ from tta_cloud.records import Sample as StoredSample
 from tta_cloud.rollout import Rollout, Stage, begin, progress, tick
 from tta_cloud.school import Published, School, sealed_of
 from tta_cloud.session import Arrived, CloudSession, Frames, Gone, SessionOptions
+from tta_cloud.stats import Stats
 from tta_cloud.store import Store, StoreEvent
+from tta_cloud.watching import Watching
 from tta_runtime import __version__
 from tta_runtime import sealed as seals
 from tta_runtime.errors import EngineError, InputError, TtaError
+from tta_runtime.health import OFF, HealthServer
 from tta_runtime.link import (
     Accepted,
     Enroll,
@@ -78,6 +81,7 @@ class CloudServer:
 
     Attributes:
         endpoint: where edges connect; known once it runs.
+        http_endpoint: where metrics and health are, as http://HOST:PORT; empty where they are off.
         door: where edges enrol; empty for none.
         ready: set when it answers.
         on_ready: called then.
@@ -93,7 +97,7 @@ class CloudServer:
         clock_s: Callable[[], float] = time.time,
         labelled: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        self.endpoint = self.door = ""
+        self.endpoint = self.door = self.http_endpoint = ""
         self.ready = threading.Event()
         self.on_ready: Callable[[], None] = self.ready.set
         self._config = config
@@ -118,7 +122,9 @@ class CloudServer:
         self._waker = self._context.socket(zmq.PAIR)
         self._waker.connect("inproc://wake")
         self._wake_lock = threading.Lock()
-        self._store = Store(Path(config.store) / "data", self._told)
+        self._stats = Stats()
+        self._turned_s = time.monotonic()
+        self._store = Store(Path(config.store) / "data", self._told, timed=self._stats.committed)
         try:
             self._load()
             self._school = School(
@@ -128,6 +134,7 @@ class CloudServer:
                 self._store,
                 identity,
                 self._learned,
+                stats=self._stats,
                 clock_s=clock_s,
                 labelled=labelled,
             )
@@ -141,9 +148,17 @@ class CloudServer:
         """Serve until `stop`.
 
         Raises:
-            CannotServe: an address cannot be bound.
+            CannotServe, StartError: an address cannot be bound.
         """
+        health: HealthServer | None = None
         try:
+            if self._config.http != OFF:
+                watching = Watching(self._stats, self._store, lambda: self._turned_s, self.ready.is_set)
+                health = HealthServer(
+                    self._config.http, watching, self._config.allow_remote, name="tta-cloud"
+                )
+                self.http_endpoint = health.endpoint
+                health.start()
             authority = self._context.socket(zmq.REP)
             authority.bind(zap.ENDPOINT)
             self._router, self.endpoint = self._bound(self._config.bind, EDGES)
@@ -156,6 +171,8 @@ class CloudServer:
             self.on_ready()
             self._loop(authority, sockets)
         finally:
+            if health is not None:
+                health.close()
             self._school.close()
             self._store.close()
             self._context.destroy(linger=0)
@@ -172,12 +189,12 @@ class CloudServer:
         for socket in (authority, self._wakes, *sockets):
             poller.register(socket, zmq.POLLIN)
         while not self._stopping.is_set():
-            now_s = time.monotonic()
+            now_s = self._turned_s = time.monotonic()
             waits = [LONGEST_WAIT_S, self._heads_due_s - now_s]
             waits += [each for each in (s.next_s(now_s) for s in sockets.values()) if each is not None]
             ready = dict(poller.poll(int(max(0.0, min(waits)) * 1000) + 1))
             if authority in ready:
-                authority.send_multipart(zap.answer(authority.recv_multipart(), self._allow))
+                self._let_in(authority)
             if self._wakes in ready:
                 while self._wakes.poll(0):
                     self._wakes.recv()
@@ -186,6 +203,13 @@ class CloudServer:
                     self._receive(socket, session)
             self._run_calls()
             self._tick(time.monotonic())
+
+    def _let_in(self, authority: zmq.Socket[bytes]) -> None:
+        asked = authority.recv_multipart()
+        answer = zap.answer(asked, self._allow)
+        authority.send_multipart(answer)
+        if answer[2] != zap.OK:
+            self._stats.shut_out(EDGES if EDGES.encode() in asked[2:3] else DOOR, answer[3].decode())
 
     def _receive(self, socket: zmq.Socket[bytes], session: CloudSession) -> None:
         for _ in range(HWM):
@@ -205,6 +229,7 @@ class CloudServer:
                 elif isinstance(event, Gone):
                     log.info("edge %s has gone: %s", self._name(event.user), event.reason)
                 else:
+                    self._stats.refused(event.error.code)
                     log.warning("refused a message of %s: %s", self._name(event.user), event.error)
 
     def _send(self, socket: zmq.Socket[bytes], session: CloudSession, sends: list[Frames]) -> None:
@@ -227,6 +252,10 @@ class CloudServer:
         for gone in (*self._session.tick(now_s), *self._door.tick(now_s)):
             log.info("edge %s has gone: %s", self._name(gone.user), gone.reason)
         online = self._online()
+        self._stats.now(
+            {group: len(keys) for group, keys in online.items()},
+            {group: rollout.stage.value for group, rollout in self._rollouts.items()},
+        )
         for group, rollout in list(self._rollouts.items()):
             after = tick(rollout, online.get(group, ()), now_s, self._config.rollout)
             if after is not rollout:
@@ -293,6 +322,7 @@ class CloudServer:
         edge, x = self._edge(arrived.user), np.array(arrived.tensors["x"])
         reason = self._unwanted(x) if message.encoding == "raw" else "bad-encoding"
         if reason:
+            self._stats.came(edge.group, reason)
             self._store.submit(samples.refuse(edge.group, reason), lambda outcome: None)
             reply = Accepted(id=message.id, key=message.key, stored=False, reason=reason)
             self._send(socket, session, session.answer(arrived, reply))
@@ -328,8 +358,10 @@ class CloudServer:
         try:
             found = outcome.get()
         except TtaError as error:
+            self._stats.came(group, error.code)
             self._send(socket, session, session.refuse(arrived, error))
             return
+        self._stats.came(group, found, arrived.nbytes if found == "stored" else 0)
         stored = found in ("stored", "duplicate")
         reply = Accepted(
             id=message.id, key=message.key, stored=stored, reason="" if found == "stored" else str(found)
@@ -351,6 +383,7 @@ class CloudServer:
         if patch is None:
             self._send(socket, session, session.answer(arrived, Noted(id=arrived.message.id)))
             return
+        self._stats.handed_out()
         message, tensors = _patch_message(patch, arrived.message.id)
         self._send(socket, session, session.answer(arrived, message, tensors))
 
@@ -441,6 +474,7 @@ class CloudServer:
         state = {Stage.CANARY: "canary", Stage.GROUP: "published", Stage.STOPPED: "stopped"}[rollout.stage]
         fresh = before is None or before.seq != rollout.seq
         if fresh or (before is not None and before.stage is not rollout.stage):
+            self._stats.moved(group, state)
             why = "; ".join(f"{self._name(edge)}: {reason}" for edge, reason in rollout.bad.items())[:200]
             self._store.submit(ledger.move(group, entry.epoch, entry.seq, state, why), self._moved)  # type: ignore[arg-type]
             if rollout.stage is Stage.STOPPED:
@@ -480,6 +514,7 @@ class CloudServer:
             )
             sealed = _bytes(seals.encode(head))
             message = HeadMessage(sealed=declare(sealed))
+            self._stats.told(len(users))
             self._send(self._router, self._session, self._session.push(users, message, {"sealed": sealed}))
 
     # ------------------------------------------------------------------------------------------ edges
@@ -541,6 +576,7 @@ class CloudServer:
     def _hold(self, patch: Patch) -> None:
         """The whole group has this patch, by an operator's word: nobody is asked first, and no report stops it."""
         group = patch.entry.group
+        self._stats.moved(group, patch.entry.state)
         self._rollouts.pop(group, None)
         self._newest[group] = self._served[group] = patch
         self._push_head(group)

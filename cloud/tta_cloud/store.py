@@ -38,7 +38,7 @@ from tta_cloud.errors import (
 )
 from tta_cloud.operations import Done, Operation, Outcome
 from tta_cloud.readers import Readers
-from tta_cloud.writer import FailPoint, GroupCommit, Writer
+from tta_cloud.writer import FailPoint, GroupCommit, Timed, Writer
 from tta_runtime.atomic import DISK, Disk, make_durable
 from tta_runtime.files import reason
 from tta_runtime.lock import existing, take
@@ -97,6 +97,7 @@ class Store:
         options: how it is kept.
         disk: what renames and syncs directories; SQLite writes its files itself.
         fail_point: told of `commit.before`, `commit.after` (see `Writer`) and `quarantine.after`.
+        timed: told how long each commit took, in seconds.
 
     Raises:
         StoreInUse: another service holds the directory.
@@ -112,6 +113,7 @@ class Store:
         options: StoreOptions = StoreOptions(),
         disk: Disk = DISK,
         fail_point: FailPoint = _nothing,
+        timed: Timed = lambda seconds: None,
     ) -> None:
         self.root = root
         self.path = root / FILE
@@ -126,7 +128,9 @@ class Store:
             self._lock.close()
             raise
         self._readers = Readers(self._reader)
-        self._writer = Writer(self.path, db, self._reopen, commit=options.commit, fail_point=fail_point)
+        self._writer = Writer(
+            self.path, db, self._reopen, commit=options.commit, fail_point=fail_point, timed=timed
+        )
 
     def close(self) -> None:
         """Commit what waits, and let another service have the directory."""

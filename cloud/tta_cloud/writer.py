@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FailPoint = Callable[[str], None]
 """Called with the name of the point that is reached; a test may end the process there."""
+Timed = Callable[[float], None]
+"""Called with the seconds that a commit took, on the writer's thread."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Writer:
         reopen: opens a store that was found damaged, or a new one in its place; called after `db` was closed.
         commit: when to commit.
         fail_point: told of `commit.before` and `commit.after`.
+        timed: told how long each commit took, in seconds.
         clock: seconds that never go back.
     """
 
@@ -75,6 +78,7 @@ class Writer:
         *,
         commit: GroupCommit,
         fail_point: FailPoint,
+        timed: Timed = lambda seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
@@ -82,6 +86,7 @@ class Writer:
         self._reopen = reopen
         self._options = commit
         self._fail_point = fail_point
+        self._timed = timed
         self._clock = clock
         self._wanted = threading.Condition()
         self._waiting: deque[_Waiting] = deque()
@@ -187,7 +192,9 @@ class Writer:
         try:
             outcomes = [_carry_out(db, each.operation) for each in group]
             self._fail_point("commit.before")
+            began_s = self._clock()
             db.execute("COMMIT")
+            self._timed(self._clock() - began_s)
         except BaseException:
             with suppress(sqlite3.Error):  # SQLite may have rolled back by itself
                 if db.in_transaction:

@@ -14,6 +14,8 @@ import zmq.utils.z85
 
 ENDPOINT = "inproc://zeromq.zap.01"
 VERSION = b"1.0"
+OK = b"200"
+"""Status, the third frame of an answer, of a connection that is let in."""
 
 Allow = Callable[[str, str], str]
 """(domain, z85 public key) -> "" where the key may connect, else why not."""
@@ -40,7 +42,7 @@ def answer(frames: Sequence[bytes], allow: Allow) -> list[bytes]:
     refused = allow(bytes(domain).decode("utf-8", "replace"), key)
     if refused:
         return _reply(number, b"400", refused, "")
-    return _reply(number, b"200", "OK", key)
+    return _reply(number, OK, "OK", key)
 
 
 def _reply(number: bytes, status: bytes, text: str, user: str) -> list[bytes]:
