@@ -5,11 +5,15 @@ from __future__ import annotations
 import msgspec
 
 from tta_edge.stats import Stats
-from tta_edge.wire import BundleStatus, Requests, StatusReply, StreamStatus
+from tta_edge.wire import BundleStatus, CloudInfo, Requests, StatusReply, StreamStatus
 
 BUNDLE = BundleStatus(
     name="default", model_id="digits", digest="ab" * 32, method="tent", provider="CPU", loads=1
 )
+CLOUD = CloudInfo(
+    phase="online", group="yard", problem="", stale=False, head="1.7", seen=100, chosen=12, sent=10, refused=1,
+    dropped=2, waiting=3, patches_refused=4, head_age_s=1.5,
+)  # fmt: skip
 
 
 def stream(name="camera-1", **changes):

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import tiny_bundle
 from documents import anchors
+from enrolled import enrol_with_nobody
 from running import PATIENCE_S, REPOSITORY, running
 from tta_edge.client import Client
 from tta_edge.config import resolve
@@ -61,7 +62,9 @@ def scrape(tmp_path_factory):
     """Sample name -> the labels of each of its series, of a daemon on which everything happened once."""
     folder = tmp_path_factory.mktemp("scraped")
     tiny_bundle.build(folder / "bundle")
-    with running(folder / "bundle", http="127.0.0.1:0", state_dir=str(folder / "state")) as server:
+    enrol_with_nobody(folder / "state", folder / "cloud")
+    settings = {"http": "127.0.0.1:0", "state_dir": str(folder / "state"), "mode": "both"}
+    with running(folder / "bundle", **settings) as server:
         with Client(server.endpoint, timeout_s=PATIENCE_S) as client:
             client.predict(X, stream="camera-1", compare=True)
             client.rollback("camera-1")

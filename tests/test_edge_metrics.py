@@ -10,7 +10,7 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from figures import BUNDLE, busy_stats, status, stream
+from figures import BUNDLE, CLOUD, busy_stats, status, stream
 from running import REPOSITORY
 from tta_edge.metrics import METRICS, exposition, table
 from tta_edge.stats import Stats
@@ -70,7 +70,7 @@ def test_every_definition_is_in_a_scrape_with_its_type_and_meaning():
 
 def test_a_busy_daemon_has_a_sample_of_each_with_the_declared_labels():
     figures = stream(entropy=0.5, diversity=0.9, agreement=0.8)
-    samples = scrape(status(streams=[figures]), busy_stats())
+    samples = scrape(status(streams=[figures], cloud=CLOUD), busy_stats())
     for metric in METRICS:
         names = {metric.name} if metric.kind != "histogram" else {f"{metric.name}_count"}
         found = [dict(labels) for name, labels in samples if name in names]
@@ -115,6 +115,27 @@ def test_streams_are_counted_by_state_and_place_and_windows_are_added_up():
     assert value(found, "tta_streams_held", place="memory") == 3
     assert value(found, "tta_streams_held", place="disk") == 9
     assert value(found, "tta_window_samples", bundle="default") == 7
+
+
+def test_the_link_to_the_cloud_and_the_base():
+    bundle = msgspec.structs.replace(BUNDLE, base="2.41", staged="2.42")
+    found = scrape(status(bundles=[bundle], cloud=CLOUD))
+    expected = {
+        "up": 1, "head_age_seconds": 1.5, "seen_samples_total": 100, "uploaded_samples_total": 10,
+        "unwanted_samples_total": 1, "dropped_samples_total": 2, "spooled_samples": 3, "refused_messages_total": 4,
+    }  # fmt: skip
+    assert {name: value(found, f"tta_link_{name}") for name in expected} == expected
+    assert value(found, "tta_base_seq", bundle="default") == 41
+    assert value(found, "tta_base_staged", bundle="default") == 1
+    away = scrape(status(cloud=msgspec.structs.replace(CLOUD, phase="waiting")))
+    assert value(away, "tta_link_up") == 0
+    alone = scrape(status())
+    assert not [name for name, _ in alone if name.startswith("tta_link_")]
+    assert (
+        value(alone, "tta_base_seq", bundle="default")
+        == value(alone, "tta_base_staged", bundle="default")
+        == 0
+    )
 
 
 def test_events_are_counted_by_what_was_done():

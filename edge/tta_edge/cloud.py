@@ -133,14 +133,14 @@ class CloudLink:
             seen: samples that the filter has looked at.
             chosen: of them, those that were handed to `send`.
         """
-        head = self._head
+        head, age_s = self._head, time.monotonic() - self._head_at_s
         with self._lock:
             waiting, dropped = len(self._waiting) + len(self._spool), self._dropped
         return CloudInfo(
             phase=self._uplink.phase.name.lower(),
             group=self._enrolment.link.group,
             problem=self._problem,
-            stale=time.monotonic() - self._head_at_s > STALE_S,
+            stale=age_s > STALE_S,
             head="" if head is None else f"{head.epoch}.{head.seq}",
             seen=seen,
             chosen=chosen,
@@ -149,6 +149,7 @@ class CloudLink:
             dropped=dropped + self._spool.counters.dropped,
             waiting=waiting,
             patches_refused=self._bad,
+            head_age_s=age_s,
         )
 
     # ------------------------------------------------------------------------------------------ the loop

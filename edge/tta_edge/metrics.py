@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from tta_edge.events import Reason
 from tta_edge.stats import Figures
-from tta_edge.wire import StatusReply, StreamState, StreamStatus
+from tta_edge.wire import CloudInfo, StatusReply, StreamState, StreamStatus
 from tta_runtime.metrics import Definition, Samples, described, render
 
 STEP_RESULTS = ("committed", "refused")
@@ -112,6 +112,11 @@ def _over_streams(
             yield (bundle, "maximum"), max(found)
 
     return read
+
+
+def _of_link(figure: Callable[[CloudInfo], float]) -> Callable[[StatusReply, Figures], Samples]:
+    """A figure of the link; nothing where there is none."""
+    return lambda status, _: [] if status.cloud is None else _one(figure(status.cloud))
 
 
 _OVER = ("bundle", "aggregate")
@@ -340,6 +345,76 @@ METRICS: tuple[Metric, ...] = (
         _OVER,
         "Share of the compared samples to which stream and frozen source give the same class, over the streams.",
         _over_streams(lambda stream: stream.agreement),
+    ),
+    Metric(
+        "tta_base_seq",
+        "gauge",
+        ("bundle",),
+        "Number of the cloud's patch that is the base; 0: the bundle's own theta.",
+        lambda status, _: [((b.name,), int(b.base.partition(".")[2] or 0)) for b in status.bundles],
+    ),
+    Metric(
+        "tta_base_staged",
+        "gauge",
+        ("bundle",),
+        "1 while a patch is on probation.",
+        lambda status, _: [((b.name,), float(bool(b.staged))) for b in status.bundles],
+    ),
+    Metric(
+        "tta_link_up",
+        "gauge",
+        (),
+        "1 while the cloud is there; this and the following only in the modes `cloud` and `both`.",
+        _of_link(lambda cloud: float(cloud.phase == "online")),
+    ),
+    Metric(
+        "tta_link_head_age_seconds",
+        "gauge",
+        (),
+        "Time since the last good head of the cloud, or since the start.",
+        _of_link(lambda cloud: cloud.head_age_s),
+    ),
+    Metric(
+        "tta_link_seen_samples_total",
+        "counter",
+        (),
+        "Samples that the upload filter has looked at.",
+        _of_link(lambda cloud: cloud.seen),
+    ),
+    Metric(
+        "tta_link_uploaded_samples_total",
+        "counter",
+        (),
+        "Samples that the cloud has acknowledged.",
+        _of_link(lambda cloud: cloud.sent),
+    ),
+    Metric(
+        "tta_link_unwanted_samples_total",
+        "counter",
+        (),
+        "Of them, those that the cloud did not want.",
+        _of_link(lambda cloud: cloud.refused),
+    ),
+    Metric(
+        "tta_link_dropped_samples_total",
+        "counter",
+        (),
+        "Samples for the cloud that were dropped because too many waited.",
+        _of_link(lambda cloud: cloud.dropped),
+    ),
+    Metric(
+        "tta_link_spooled_samples",
+        "gauge",
+        (),
+        "Samples that wait for upload.",
+        _of_link(lambda cloud: cloud.waiting),
+    ),
+    Metric(
+        "tta_link_refused_messages_total",
+        "counter",
+        (),
+        "Patches, heads and roots that did not pass verification.",
+        _of_link(lambda cloud: cloud.patches_refused),
     ),
 )
 """Every metric of a scrape, in its order."""

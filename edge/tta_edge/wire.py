@@ -275,6 +275,8 @@ class CloudInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     waiting: int
     patches_refused: int
     """Patches, heads and roots that did not pass verification."""
+    head_age_s: float = 0.0
+    """Since the last good head, or since the start where none has come yet."""
 
 
 class StatusReply(Message, frozen=True, kw_only=True, tag="status-reply"):
