@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from tta_cloud.commands_doctor import doctor
 from tta_cloud.commands_patches import patches
 from tta_cloud.exit_codes import HELP as EPILOG
 from tta_cloud.exit_codes import exit_code
@@ -29,6 +30,7 @@ keys = typer.Typer(
 )
 app.add_typer(keys, name="keys")
 app.add_typer(patches, name="patches")
+app.command(epilog=EPILOG)(doctor)
 
 
 @keys.command("init", epilog=EPILOG)

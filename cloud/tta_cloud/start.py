@@ -32,7 +32,7 @@ def start(config: Config) -> CloudServer:
         if not getattr(config, key):
             raise BadValue(f"`{key}` is not set", f"Give --{key} or set it in the file of --config")
     for endpoint in (config.bind, config.enroll_bind):
-        _check_endpoint(endpoint)
+        check_endpoint(endpoint)
     store = Path(config.store)
     identity = load(store)
     options = EngineOptions(threads=config.threads)
@@ -45,7 +45,8 @@ def start(config: Config) -> CloudServer:
     return server
 
 
-def _check_endpoint(endpoint: str) -> None:
+def check_endpoint(endpoint: str) -> None:
+    """Whether an address is of a form that can be bound; raises CannotServe. Empty: none is."""
     if not endpoint:
         return
     host = urlsplit(endpoint).hostname or ""

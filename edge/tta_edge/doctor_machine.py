@@ -20,10 +20,9 @@ from tta_edge.wire import StatusReply
 from tta_runtime.checks import Check, fail, ok, warn
 from tta_runtime.endpoint import check_bind, parse
 from tta_runtime.errors import TtaError
-from tta_runtime.machine import write_time_s
+from tta_runtime.machine import SLOW_FSYNC_S, write_time_s
 
 MIN_FREE_BYTES = 256 * 1024 * 1024
-SLOW_FSYNC_S = 0.2
 ANSWER_S = 1.0
 """Longest wait for whoever listens at the address already."""
 CGROUP = Path("/sys/fs/cgroup")

@@ -23,6 +23,7 @@ OLDEST_PYTHON = (3, 10)
 ENGINES = ("onnxruntime", "onnxruntime-gpu")
 MIN_FILES, FEW_FILES = 64, 1024
 YEARS = range(2025, 2100)
+SLOW_FSYNC_S = 0.2
 TICK_S = 1.0
 """Longest wait for a clock to go on."""
 
