@@ -17,7 +17,7 @@ COMMENT = re.compile(r"<!--.*?-->", re.S)
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 INLINE = re.compile(r"`([^`\n]+)`")
 HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.M)
-COMMANDS = ("tta-edge", "tta-export")
+COMMANDS = ("tta-edge", "tta-export", "tta-cloud")
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from documents import COMMANDS, anchors, blocks, commands, documents, links, prose, run_block, workplace
 from running import REPOSITORY, daemon
 from tta_adapters.methods import METHODS, options_of
+from tta_cloud.cli import app as cloud
 from tta_edge.cli import app as edge
 from tta_exporters.cli import app as exporter
 
-APPS = dict(zip(COMMANDS, (edge, exporter), strict=True))
+APPS = dict(zip(COMMANDS, (edge, exporter, cloud), strict=True))
 README = REPOSITORY / "README.md"
 RUNNABLE = [block for document in documents() for block in blocks(document) if block.mark == "run"]
 MARKS = {"", "run", "example", "terminal-1", "terminal-2", "terminal-3"}

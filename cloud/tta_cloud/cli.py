@@ -26,7 +26,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 keys = typer.Typer(
-    help="The cloud's keys, and the edges that are let in.", no_args_is_help=True, epilog=EPILOG
+    help="The cloud's keys, and the edges that are let in.\n\nExample: tta-cloud keys list --store /var/lib/tta-cloud",
+    no_args_is_help=True,
+    epilog=EPILOG,
 )
 app.add_typer(keys, name="keys")
 app.add_typer(patches, name="patches")

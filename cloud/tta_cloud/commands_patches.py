@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tta_runtime.bundle import Bundle
 
 patches = typer.Typer(
-    help="The ledger of patches: look, compare, stay at one, go back.", no_args_is_help=True, epilog=HELP
+    help="The ledger of patches: look, compare, stay at one, go back.\n\nExample: tta-cloud patches log yard",
+    no_args_is_help=True,
+    epilog=HELP,
 )
 
 Group = Annotated[str, typer.Argument(help="Name of the group.")]

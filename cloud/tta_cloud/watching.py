@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tta_cloud import agreement, edges, ledger
-from tta_cloud.errors import CloudError
+from tta_cloud.errors import CloudError, DamagedRecord
 from tta_cloud.metrics import Group, Moment, exposition
 from tta_cloud.quarantine import BESIDE
 from tta_cloud.stats import Stats
@@ -83,7 +83,7 @@ def store_bytes(path: Path) -> int:
 
 
 def look(db: sqlite3.Connection) -> dict[str, Group]:
-    """What the store has of each group, by name."""
+    """What the store has of each group, by name; a damaged patch is none."""
     totals = {
         name: (count, size) for name, count, size in db.execute("SELECT grp, samples, bytes FROM totals")
     }
@@ -95,7 +95,10 @@ def look(db: sqlite3.Connection) -> dict[str, Group]:
         compared = [
             agreed[e.key] for e in known if (e.group, e.state) == (name, "active") and e.key in agreed
         ]
-        served = ledger.served(db, name)
+        try:
+            served = ledger.served(db, name)
+        except DamagedRecord:
+            served = None
         found[name] = Group(
             samples=count,
             unused=unused.get(name, 0),
