@@ -21,18 +21,18 @@ import numpy as np
 from tta_cloud import agreement, learners, ledger, samples, steering
 from tta_cloud.config import Config
 from tta_cloud.control import RollBack
-from tta_cloud.errors import CloudError, GroupPinned, Internal, SnapshotUnreadable
+from tta_cloud.errors import CloudError, Internal, SnapshotUnreadable
 from tta_cloud.gate import Verdict, held_out, judge, judge_labelled
 from tta_cloud.identity import Identity
 from tta_cloud.intake import balanced
 from tta_cloud.learner import Learner, Round
-from tta_cloud.records import Entry, Patch, PatchState, Stored
+from tta_cloud.publishing import build
+from tta_cloud.records import Patch, Stored
 from tta_cloud.stats import Stats
 from tta_cloud.store import Store
-from tta_runtime import theta as thetas
 from tta_runtime.errors import EngineError, InputError, TtaError
 from tta_runtime.model import Engines
-from tta_runtime.patch import Trust, make_patch, verify_patch
+from tta_runtime.patch import Trust, verify_patch
 from tta_runtime.sealed import Sealed, SignatureEntry
 from tta_runtime.theta import Vector
 
@@ -265,43 +265,20 @@ class School:
                 self._note(name, "the student goes on from the head")
             return
         group.refused = 0
-        patch = self._made(name, learner.theta, parent=group.head, samples=count)
-        try:
-            self._store.call(steering.publish(patch))
-        except GroupPinned as error:
-            self._note(name, error.cause)
+        held = self._store.read(lambda db: ledger.pinned(db, name))
+        if held is not None:
+            self._note(name, f"pinned at patch {held.seq}: what was learned is not published")
             return
+        patch = build(
+            learner.theta, self._identity, self._student.bundle, group=name, seq=self._next_seq(name),
+            parent=group.head, samples=count, now_s=self._clock_s(),
+        )  # fmt: skip
+        self._store.call(steering.publish(patch))
         group.head = np.array(learner.theta)
         self._published(Published(name, patch))
 
-    def _made(
-        self,
-        name: str,
-        vector: Vector,
-        *,
-        parent: Vector,
-        samples: int,
-        state: PatchState = "built",
-        reason: str = "",
-    ) -> Patch:
-        """The next patch of a group, signed."""
-        layout, epoch = self._student.bundle.manifest.theta, self._identity.root.epoch
-        seq = self._store.read(lambda db: ledger.last_seq(db, name, epoch)) + 1
-        sealed, payload = make_patch(
-            vector,
-            layout,
-            [self._identity.publisher],
-            bundle_digest=self._student.bundle.digest,
-            channel=name,
-            epoch=epoch,
-            seq=seq,
-            parent_digest=thetas.digest(layout, parent),
-            samples=samples,
-            issued_s=int(self._clock_s()),
-        )
-        entry = Entry(group=name, epoch=epoch, seq=seq, state=state, reason=reason, created_ms=self._now_ms())
-        signatures = msgspec.msgpack.encode(sealed.signatures)
-        return Patch(entry=entry, body=sealed.body, signatures=signatures, payload=payload)
+    def _next_seq(self, name: str) -> int:
+        return self._store.read(lambda db: ledger.last_seq(db, name, self._identity.root.epoch)) + 1
 
     def _go_back(self, wish: RollBack, done: Callable[[Patch | TtaError], None]) -> None:
         try:
@@ -325,7 +302,10 @@ class School:
             theta = np.array(
                 self._theta(name, self._store.read(lambda db: ledger.get(db, name, wish.epoch, wish.seq)))
             )
-        patch = self._made(name, theta, parent=group.head, samples=0, state="published", reason=reason)
+        patch = build(
+            theta, self._identity, self._student.bundle, group=name, seq=self._next_seq(name), parent=group.head,
+            samples=0, now_s=self._clock_s(), state="published", reason=reason,
+        )  # fmt: skip
         before = group.learner.snapshot()
         group.learner.start_from(theta)
         try:
