@@ -36,7 +36,7 @@ FOLDERS = {
 # What each package may import besides the standard library and itself.
 MAY_IMPORT = {
     "tta_runtime": {"numpy", "onnxruntime", "tensorrt", "msgpack", "msgspec", "cryptography", "safetensors"}
-    | {"prometheus_client"},
+    | {"prometheus_client", "tomli"},
     "tta_edge": {"tta_runtime", "numpy", "zmq", "typer", "rich", "msgpack", "msgspec"}
     | {"prometheus_client", "tomli", "PIL", "matplotlib"},
     "tta_adapters": {"torch"},

@@ -25,6 +25,8 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
     )
     assert (found.bind, found.threads, found.max_samples) == ("tcp://127.0.0.1:3", 7, 5)
     assert resolve(flags={}, environment={}, file=None) == Config()
+    named = resolve(flags={}, environment={"TTA_CLOUD_CONFIG": str(file)}, file=None)
+    assert named.max_samples == 5
 
 
 def test_tables_configure_the_parts_and_paths_are_those_of_the_file(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -14,14 +13,11 @@ from tta_cloud.gate import GateOptions
 from tta_cloud.intake import IntakeOptions
 from tta_cloud.learner import LearnerOptions
 from tta_cloud.rollout import RolloutOptions
-from tta_runtime.errors import BadValue, UnknownKey, did_you_mean
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from tta_runtime.errors import BadValue
+from tta_runtime.settings import known, read_toml, typed
 
 ENV_PREFIX = "TTA_CLOUD_"
+ENV_CONFIG = "TTA_CLOUD_CONFIG"
 TABLES = {
     "learner": LearnerOptions,
     "gate": GateOptions,
@@ -76,19 +72,21 @@ def resolve(*, flags: Mapping[str, Any], environment: Mapping[str, str], file: P
     Args:
         flags: by key; None where a flag was not given.
         environment: of the process; only TTA_CLOUD_* is looked at.
-        file: TOML, or None.
+        file: TOML; without it the one that TTA_CLOUD_CONFIG names, if any.
 
     Raises:
         UnknownKey: a key or variable that there is not, with the nearest one.
         BadValue: a value of another type or out of range, or a file that cannot be read.
     """
     values: dict[str, Any] = {}
+    if file is None and ENV_CONFIG in environment:
+        file = Path(environment[ENV_CONFIG])
     if file is not None:
         values.update(_from_file(file))
     for name in sorted(environment):
-        if name.startswith(ENV_PREFIX) and name != ENV_PREFIX + "CONFIG":
+        if name.startswith(ENV_PREFIX) and name != ENV_CONFIG:
             key = name.removeprefix(ENV_PREFIX).lower()
-            _known(key, f"environment {name}")
+            known(key, KEYS, f"environment {name}")
             values[key] = _typed(key, environment[name], f"environment {name}", strict=False)
     for key, value in flags.items():
         if value is not None:
@@ -97,26 +95,15 @@ def resolve(*, flags: Mapping[str, Any], environment: Mapping[str, str], file: P
 
 
 def _from_file(file: Path) -> dict[str, Any]:
-    origin = f"file {file}"
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadValue(f"cannot read {origin}: {error.strerror}", "Correct --config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadValue(f"{origin} is not TOML: {error}", "Correct the file at that place") from error
+    origin, table = f"file {file}", read_toml(file, ENV_CONFIG)
     found: dict[str, Any] = {}
     for key, value in table.items():
-        _known(key, origin)
+        known(key, KEYS, origin)
         if key in TABLES:
             if not isinstance(value, dict):
                 raise BadValue(f"{origin}: `{key}` is {value!r}", f"Write a table [{key}]")
-            names = [field.name for field in fields(TABLES[key])]
             for name in value:
-                if name not in names:
-                    raise UnknownKey(
-                        f"{origin}: unknown key `{key}.{name}`{did_you_mean(name, names)}",
-                        f"Keys of [{key}] are {', '.join(names)}",
-                    )
+                known(name, [field.name for field in fields(TABLES[key])], origin, table=key)
         found[key] = _typed(key, value, origin, strict=True)
         # A path in a file means the same wherever the service is started.
         if key in ("student", "store", "holdout", "teacher_weights"):
@@ -126,22 +113,12 @@ def _from_file(file: Path) -> dict[str, Any]:
     return found
 
 
-def _known(key: str, origin: str) -> None:
-    names = Config.__struct_fields__
-    if key not in names:
-        raise UnknownKey(
-            f"{origin}: unknown key `{key}`{did_you_mean(key, names)}", f"Keys are {', '.join(names)}"
-        )
-
-
+KEYS = Config.__struct_fields__
 _TYPES = {info.name: info.type for info in msgspec.structs.fields(Config)}
 
 
 def _typed(key: str, value: Any, origin: str, *, strict: bool) -> Any:
-    try:
-        return msgspec.convert(value, _TYPES[key], strict=strict)
-    except msgspec.ValidationError as error:
-        raise BadValue(f"{origin}: `{key}` cannot be {value!r}: {error}", f"Correct `{key}`") from error
+    return typed(key, value, _TYPES[key], origin, strict=strict)
 
 
 def _checked(config: Config) -> Config:

@@ -7,7 +7,6 @@ it. A misspelt key is an error at once, wherever it stands.
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +16,8 @@ import msgspec
 from msgspec import Meta
 
 from tta_edge.wire import NAME_PATTERN
-from tta_runtime.errors import BadValue, UnknownKey, did_you_mean
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from tta_runtime.errors import BadValue, UnknownKey
+from tta_runtime.settings import known, read_toml, typed
 
 ENV_PREFIX = "TTA_"
 ENV_SET = "TTA_SET"
@@ -296,12 +291,9 @@ def _number(text: str) -> float | None:
 
 def _put_file(layers: _Layers, file: Path) -> None:
     origin = f"file {file}"
-    table = _read_toml(file)
+    table = read_toml(file, ENV_CONFIG)
     for key, value in table.items():
-        if key not in KEYS:
-            raise UnknownKey(
-                f"{origin}: unknown key `{key}`{did_you_mean(key, KEYS)}", f"Keys are {', '.join(KEYS)}"
-            )
+        known(key, KEYS, origin)
         if key == "hyper":
             layers.put_hyper(_checked(key, value, origin, strict=True), origin)
         else:
@@ -315,17 +307,6 @@ def _put_file(layers: _Layers, file: Path) -> None:
             name: msgspec.structs.replace(bundle, path=str(file.parent / bundle.path))
             for name, bundle in layers.values["bundles"].items()
         }
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadValue(
-            f"cannot read the configuration file {file}: {error.strerror}", "Correct --config or TTA_CONFIG"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadValue(f"{file} is not a TOML file: {error}", "Correct the file at that place") from error
 
 
 def _put_environment(layers: _Layers, environment: Mapping[str, str]) -> None:
@@ -356,10 +337,7 @@ _TYPES = {info.name: info.type for info in msgspec.structs.fields(Config)}
 
 
 def _checked(key: str, value: object, origin: str, *, strict: bool) -> Any:
-    try:
-        return msgspec.convert(value, _TYPES[key], strict=strict)
-    except msgspec.ValidationError as error:
-        raise BadValue(f"{origin}: `{key}` cannot be {value!r}: {error}", f"Correct `{key}`") from error
+    return typed(key, value, _TYPES[key], origin, strict=strict)
 
 
 def _mixed(name: str, origin: str) -> BadValue:
