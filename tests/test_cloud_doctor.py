@@ -195,7 +195,7 @@ def test_bundles_that_are_missing_or_do_not_fit(store: Path, bundle: Path, tmp_p
     assert "names no network" in wrong.text
     later = doctor.check_teacher(config(store, bundle, teacher="timm:resnet18"), engines)[0]
     assert (later.verdict, "compiled when" in later.text) == (Verdict.OK, True)
-    plain = exported.built("resnet", ("source",)).path
+    plain = exported.built("resnet").path
     unfit = doctor.check_teacher(config(store, bundle, teacher=str(plain)), engines)[0]
     assert "no `distill`" in unfit.text
     assert "no `distill`" in doctor.check_student(config(store, plain))[0].text

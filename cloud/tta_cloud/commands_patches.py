@@ -87,9 +87,8 @@ def patches_show(
         print_json(found)
         return
     body = found["body"]
-    typer.echo(
-        f"patch {found['epoch']}.{found['seq']} of {group}: {found['state']} {found['reason']}".rstrip()
-    )
+    why = f" ({found['reason']})" if found["reason"] else ""
+    typer.echo(f"patch {found['epoch']}.{found['seq']} of {group}: {found['state']}{why}")
     typer.echo(f"made at {_time(found['created_ms'])} from {body['samples']} new samples")
     for key, value in body.items():
         typer.echo(f"  {key:16} {value}")
