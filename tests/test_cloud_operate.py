@@ -244,6 +244,8 @@ def test_an_edge_goes_back_stays_and_goes_on(store: Path, bundle: Path, tmp_path
                 control.ask(store, control.Pin("yard", 1, answer["seq"]), PATIENCE_S)
             with pytest.raises(Refused, match="edges that have it do not go back"):
                 control.ask(store, control.Pin("yard", 1, 1), PATIENCE_S)
+            with pytest.raises(Refused, match="cannot be read"):
+                control.ask(store, control.Pin("yard", 1, 1, "x" * 300), PATIENCE_S)
 
             off = command(store, "patches", "pin", "yard", "--off")
             assert (off["done"], off["seq"], off["state"]) == (True, answer["seq"], "published")

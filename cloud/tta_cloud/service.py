@@ -21,7 +21,7 @@ import zmq
 
 from tta_cloud import control, edges, ledger, samples, steering, zap
 from tta_cloud.config import Config
-from tta_cloud.errors import CannotServe, CloudError
+from tta_cloud.errors import BadRecord, CannotServe, CloudError
 from tta_cloud.identity import Identity
 from tta_cloud.intake import refusals
 from tta_cloud.operations import Outcome
@@ -209,7 +209,8 @@ class CloudServer:
         answer = zap.answer(asked, self._allow)
         authority.send_multipart(answer)
         if answer[2] != zap.OK:
-            self._stats.shut_out(EDGES if EDGES.encode() in asked[2:3] else DOOR, answer[3].decode())
+            domain = EDGES if asked[2:3] == [EDGES.encode()] else DOOR
+            self._stats.shut_out(domain, answer[3].decode())
 
     def _receive(self, socket: zmq.Socket[bytes], session: CloudSession) -> None:
         for _ in range(HWM):
@@ -526,6 +527,8 @@ class CloudServer:
                 continue
             answer = control.Answer()
             try:
+                if note is None:
+                    raise BadRecord(f"the note {path.name} cannot be read", "Use the service's version")
                 if isinstance(note, control.LetEnrol):
                     self._store.call(
                         edges.admit(note.hash, note.name, note.group, expires_ms=note.expires_ms)

@@ -41,7 +41,13 @@ def start(config: Config) -> CloudServer:
     teacher = open_teacher(config.teacher, student, store / "teachers", weights=weights, options=options)
     check_fit(Model(student, METHOD), Model(teacher, METHOD))
     server = CloudServer(config, identity, student, teacher, labelled=_labelled(config))
-    remember(store, Served(str(Path(config.student).resolve()), config.teacher))
+    named = Path(config.teacher)
+    remember(
+        store,
+        Served(
+            str(Path(config.student).resolve()), str(named.resolve()) if named.exists() else config.teacher
+        ),
+    )
     return server
 
 
