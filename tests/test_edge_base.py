@@ -26,8 +26,9 @@ from tta_edge.errors import ModeRefused
 from tta_edge.events import Event, Reason
 from tta_edge.hosting import Host
 from tta_edge.probation import MARGIN, Probation
-from tta_edge.teaching import DECAY, WATCHED, Bases, Progress
+from tta_edge.teaching import DECAY, KNOWN, WATCHED, Bases, Progress
 from tta_runtime import sealed
+from tta_runtime import theta as thetas
 from tta_runtime.bundle import Bundle
 from tta_runtime.errors import StateError, StateUnwritable
 from tta_runtime.model import Engines, Model
@@ -177,10 +178,12 @@ def spread(n: int, height: float) -> np.ndarray[Any, Any]:
     return logits
 
 
-def judged(candidate: np.ndarray[Any, Any], served: np.ndarray[Any, Any]) -> Reason | None:
+def judged(
+    candidate: np.ndarray[Any, Any], served: np.ndarray[Any, Any], *, returns: bool = False
+) -> Reason | None:
     probation = Probation.begin(3, len(candidate)).seen(candidate, served)
     assert probation.decided
-    found = probation.objection()
+    found = probation.objection(returns=returns)
     return None if found is None else found[0]
 
 
@@ -201,6 +204,16 @@ def test_a_candidate_that_is_broken_blind_or_knows_less_is_refused() -> None:
     assert judged(spread(30, 1.0), spread(30, 3.0)) is Reason.LESS_INFORMATION
     assert judged(np.roll(spread(30, 3.0), 1, axis=1), spread(30, 3.0)) is Reason.DISAGREES
     assert MARGIN < 0.5
+
+
+def test_one_that_has_served_before_is_refused_only_where_it_is_broken_or_blind() -> None:
+    broken, blind = spread(30, 3.0), np.zeros((30, 3), np.float32)
+    broken[7, 1] = np.nan
+    blind[:, 1] = 20
+    assert judged(broken, spread(30, 3.0), returns=True) is Reason.NON_FINITE_LOGITS
+    assert judged(blind, spread(30, 3.0), returns=True) is Reason.COLLAPSE
+    assert judged(spread(30, 1.0), spread(30, 3.0), returns=True) is None
+    assert judged(np.roll(spread(30, 3.0), 1, axis=1), spread(30, 3.0), returns=True) is None
 
 
 def test_batches_of_any_size_give_the_same_probation() -> None:
@@ -337,6 +350,62 @@ def test_a_bad_base_never_serves_and_is_not_taken_again(
     taught.offer(better(bundle), seq=2)
     taught.answer(SHIFTED)
     assert taught.states[-1] == (2, "committed", "")
+
+
+def confused(bundle: Bundle) -> np.ndarray[Any, Any]:
+    """As sure as `better`, of other classes."""
+    theta = better(bundle)
+    theta[: tiny_bundle.D] *= -1
+    return theta
+
+
+def test_the_cloud_can_go_back_from_what_is_sure_and_wrong(
+    taught: Taught, bundle: Bundle, engines: Engines, tmp_path: Path
+) -> None:
+    """What served before is known again, after a restart as well; a stranger that says the same is not let in."""
+    taught.offer(better(bundle), seq=1)
+    taught.answer()
+    wrong = Taught(engines, tmp_path)  # found on disk, as after a restart
+    stranger = better(bundle) * np.float32(1.001)
+    for number, theta in ((2, confused(bundle)), (3, better(bundle)), (4, np.array(bundle.theta0))):
+        if number == 2:  # it has got through, however that may be
+            wrong.bases._taught["default"].known += (thetas.digest(bundle.manifest.theta, theta),)
+        wrong.offer(theta, seq=number)
+        wrong.answer()
+        assert wrong.states[-1] == (number, "committed", ""), number
+        np.testing.assert_array_equal(wrong.streams[0].model.theta, theta)
+        if number == 2:
+            other = Taught(engines, tmp_path / "other")
+            other.bases._taught["default"].known += (thetas.digest(bundle.manifest.theta, theta),)
+            other.offer(theta, seq=2)
+            other.answer()
+            other.offer(stranger, seq=3)
+            other.answer()
+            assert other.states[-1][1] == "refused"
+
+
+def test_what_collapsed_is_not_known_again(taught: Taught, bundle: Bundle) -> None:
+    bad = confused(bundle)
+    taught.bases._taught["default"].known += (thetas.digest(bundle.manifest.theta, bad),)
+    taught.offer(bad, seq=1)
+    taught.answer()
+    assert taught.states[-1] == (1, "committed", "")
+    assert taught.bases.collapsed(taught.host, "all of class 1")
+    taught.offer(better(bundle), seq=2)
+    taught.answer()
+    taught.offer(bad, seq=3)
+    taught.answer()
+    assert taught.states[-1][1] == "refused"
+
+
+def test_few_of_the_thetas_that_served_are_known(taught: Taught, bundle: Bundle) -> None:
+    taught.offer(better(bundle), seq=1)
+    taught.answer()
+    for seq in range(2, KNOWN + 4):
+        taught.offer(better(bundle) * np.float32(1 + seq / 10_000), seq=seq)
+        taught.answer()
+    known = taught.bases._taught["default"].known
+    assert (len(known), known[0]) == (KNOWN, bundle.manifest.theta.digest)
 
 
 @pytest.mark.parametrize(("epoch", "seq"), [(1, 3), (1, 2), (0, 9)])

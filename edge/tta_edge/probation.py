@@ -105,8 +105,13 @@ class Probation:
         """Whether it is over."""
         return self.broken or self.candidate.samples >= self.wanted
 
-    def objection(self) -> tuple[Reason, str] | None:
-        """Why the candidate must not serve, with the values behind it; None where nothing speaks against it."""
+    def objection(self, *, returns: bool = False) -> tuple[Reason, str] | None:
+        """Why the candidate must not serve, with the values behind it; None where nothing speaks against it.
+
+        Args:
+            returns: whether it has served before. Then what serves is no measure for it: that may be what is to be
+                taken back, as sure of itself as it is wrong.
+        """
         if self.broken:
             return Reason.NON_FINITE_LOGITS, "the candidate's logits hold NaN or Inf"
         mine, its = self.candidate, self.served
@@ -114,6 +119,8 @@ class Probation:
         if mine.diversity < low <= its.diversity:
             detail = f"the candidate's mean prediction has {mine.diversity:.2f} nats, what serves {its.diversity:.2f}"
             return Reason.COLLAPSE, detail
+        if returns:
+            return None
         if self.agreed < AGREED * mine.samples:
             return (
                 Reason.DISAGREES,

@@ -33,6 +33,8 @@ TAUGHT: tuple[Mode, ...] = ("cloud", "both")
 """Modes in which patches are taken."""
 DECAY = 0.5
 """Share of what a stream has learned on the old base that it keeps on a new one, where it learns itself."""
+KNOWN = 64
+"""Thetas that have served a bundle and are known again, the newest ones."""
 WATCHED = 2048
 """Samples of a bundle's streams after a commit in which a collapse is laid to the new base."""
 
@@ -79,6 +81,8 @@ class _Taught:
     since: int = WATCHED
     candidate: _Candidate | None = None
     store: BaseStore | None = None
+    known: tuple[str, ...] = ()
+    """Digests of the bundle's own theta and of the bases that have served, the oldest first."""
 
 
 def check_mode(mode: Mode, host: Host) -> None:
@@ -133,7 +137,7 @@ class Bases:
     def open(self, host: Host) -> None:
         """Find what was committed for a bundle; also after it was loaded anew."""
         bundle = host.engines.bundle
-        taught = _Taught(host, own(bundle))
+        taught = _Taught(host, own(bundle), known=(bundle.manifest.theta.digest,))
         if self._directory is not None and self._mode in TAUGHT:
             directory = self._directory / "bases" / host.name
             taught.store = BaseStore(directory, bundle, disk=self._disk, above=self._directory)
@@ -141,6 +145,7 @@ class Bases:
             for slot in refused:
                 self._say(host.name, "quarantine", slot.error.code, f"{slot.path.name}: {slot.error.cause}")
             if found:
+                taught.known += tuple(_digest(host, each.theta) for each in reversed(found))
                 taught.base = found[0]
                 # It is watched anew: a restart is no proof of it.
                 taught.before, taught.since = (found[1], 0) if len(found) > 1 else (None, WATCHED)
@@ -228,6 +233,7 @@ class Bases:
         if taught.before is None or taught.since >= WATCHED:
             return False
         bad, before, report = taught.base, taught.before, taught.report
+        taught.known = tuple(each for each in taught.known if each != _digest(host, bad.theta))
         # The bad one stays known, so that it is not taken again.
         taught.base = replace(before, seen_epoch=bad.seen_epoch, seen_seq=bad.seen_seq)
         taught.before = None
@@ -243,7 +249,8 @@ class Bases:
     # ------------------------------------------------------------------------------------------ inside
 
     def _decide(self, host: Host, taught: _Taught, candidate: _Candidate) -> None:
-        new, refused = candidate.base, candidate.probation.objection()
+        new, digest = candidate.base, _digest(host, candidate.base.theta)
+        refused = candidate.probation.objection(returns=digest in taught.known)
         if refused is not None:
             taught.base = replace(taught.base, seen_epoch=new.epoch, seen_seq=new.seq)
             self._write(host.name, taught)  # else the same patch would be taken again after a restart
@@ -259,9 +266,12 @@ class Bases:
             )
             return
         taught.before, taught.since, taught.report = old, 0, candidate.report
+        # The bundle's own is never forgotten.
+        taught.known = (taught.known[0], *[each for each in taught.known[1:] if each != digest], digest)
+        taught.known = (taught.known[0], *taught.known[1:][1 - KNOWN :])
         self._adopt(host, new)
         self._say(host.name, "commit", Reason.PATCH, f"base {new.epoch}.{new.seq}")
-        candidate.report(Progress(new.epoch, new.seq, "committed", "", "", _digest(host, new.theta)))
+        candidate.report(Progress(new.epoch, new.seq, "committed", "", "", digest))
 
     def _adopt(self, host: Host, base: Base) -> None:
         for stream in self._streams():
