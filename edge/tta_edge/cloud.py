@@ -61,6 +61,7 @@ class CloudLink:
         spool: where samples wait; closed with the link.
         max_distance: radius of the ball around the source.
         options: of the protocol.
+        wall_s: seconds since 1970, for what is signed with a date; everything else is timed by a clock that nobody sets.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class CloudLink:
         *,
         max_distance: float,
         options: UplinkOptions | None = None,
+        wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._enrolment = enrolment
         self._bundle = bundle
@@ -83,6 +85,7 @@ class CloudLink:
         self._spool = spool
         self._done: list[str] = []
         self._max_distance = max_distance
+        self._wall_s = wall_s
         self._head: Head | None = None
         self._head_at_s = time.monotonic()
         self._problem = "not connected yet"
@@ -279,7 +282,7 @@ class CloudLink:
             log.warning("the link to the cloud: %s", error)
 
     def _take_head(self, sealed: bytes) -> None:
-        self._head = verify_head(seals.decode(sealed), self._trust(), self._head, now_s=time.time())
+        self._head = verify_head(seals.decode(sealed), self._trust(), self._head, now_s=self._wall_s())
         self._head_at_s = time.monotonic()
         self._uplink.newest(self._head.epoch, self._head.seq)
 
@@ -298,7 +301,7 @@ class CloudLink:
         self._offer(body.epoch, body.seq, found.theta, self._report_later)
 
     def _take_root(self, data: bytes) -> None:
-        self._enrolment = self._enrolment.follow(seals.decode(data), time.time())
+        self._enrolment = self._enrolment.follow(seals.decode(data), self._wall_s())
         self._uplink.have_root(self._enrolment.root.version)
         if self._head is not None and self._head.epoch != self._enrolment.root.epoch:
             self._head = None
