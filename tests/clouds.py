@@ -44,7 +44,13 @@ from tta_runtime.enrolment import Ticket, encode_ticket
 
 FAR_MS = 2**52
 EAGER = UplinkOptions(
-    answer_s=0.5, max_answer_s=2.0, ping_s=0.5, wait_s=0.05, max_wait_s=0.2, refetch_s=0.5, patch_bytes=32 << 10
+    answer_s=0.5,
+    max_answer_s=2.0,
+    ping_s=0.5,
+    wait_s=0.05,
+    max_wait_s=0.2,
+    refetch_s=0.5,
+    patch_bytes=32 << 10,
 )
 """A link that notices within 1.5 s and comes back within 0.2 s."""
 
@@ -88,6 +94,8 @@ def run_program() -> None:
             try:
                 serve(json.loads(line))
                 status = 0
+            except SystemExit as ended:
+                status = int(ended.code or 0)
             finally:
                 os._exit(status)
         say(pid=child)
@@ -360,9 +368,7 @@ class Edge(CloudLink):
         name, found = (order["epoch"], order["seq"]), content(body, payload)
         assert self.patches.setdefault(name, found) == found, f"{name} came with another content"
 
-    def _stage(
-        self, epoch: int, seq: int, theta: Any, report: Callable[[Progress], None]
-    ) -> None:
+    def _stage(self, epoch: int, seq: int, theta: Any, report: Callable[[Progress], None]) -> None:
         self.staged.append((epoch, seq))
         self.base = Base(epoch, seq, theta, epoch, seq)
         digest = thetas.digest(self._layout, np.asarray(theta))

@@ -133,9 +133,7 @@ class Relay:
 
     def swap(self, way: Way, after: int) -> threading.Event:
         """Pass the two halves of the piece that comes after so many more bytes on in the wrong order."""
-        return self._strike(
-            _Strike(way, after, lambda data: data[len(data) // 2 :] + data[: len(data) // 2])
-        )
+        return self._strike(_Strike(way, after, lambda data: data[len(data) // 2 :] + data[: len(data) // 2]))
 
     def truncate(self, way: Way, after: int) -> threading.Event:
         """Pass only half of the piece that comes after so many more bytes on, then end the connection."""
@@ -218,7 +216,9 @@ class Relay:
             if wait_s:
                 await asyncio.sleep(wait_s)
                 await self._open.wait()
-            strike = next((each for each in self._strikes if each.way is way and each.after < len(data)), None)
+            strike = next(
+                (each for each in self._strikes if each.way is way and each.after < len(data)), None
+            )
             for each in self._strikes:
                 each.after -= len(data) if each.way is way and each is not strike else 0
             if strike is not None:

@@ -108,7 +108,8 @@ def kill_at_random(path: Path, bundle: Bundle, kills: int, seed: int) -> tuple[i
             edge.take(8, seed=kills)
             edge.settled(1)
             newest = look(
-                lambda: (edge.staged[-1:], edge.link_head()), lambda f: f[0] and "{}.{}".format(*f[0][0]) == f[1]
+                lambda: (edge.staged[-1:], edge.link_head()),
+                lambda f: f[0] and "{}.{}".format(*f[0][0]) == f[1],
             )
             assert newest
             assert cloud.end() == 0

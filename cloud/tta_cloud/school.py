@@ -19,7 +19,7 @@ import numpy as np
 
 from tta_cloud import learners, ledger, samples
 from tta_cloud.config import Config
-from tta_cloud.errors import CloudError, SnapshotUnreadable
+from tta_cloud.errors import CloudError, DamagedRecord, SnapshotUnreadable, StaleLearner
 from tta_cloud.gate import Verdict, held_out, judge, judge_labelled
 from tta_cloud.identity import Identity
 from tta_cloud.intake import balanced
@@ -78,6 +78,7 @@ class School:
         store: of samples and patches.
         identity: signs.
         published: told of each new patch, on this thread.
+        promised: number of the last patch of a group that edges know of, also where the ledger has lost it.
         clock_s: seconds since 1970.
         labelled: x and y of an operator's hold-out.
     """
@@ -91,6 +92,7 @@ class School:
         identity: Identity,
         published: Callable[[Published], None],
         *,
+        promised: Callable[[str], int] = lambda group: 0,
         clock_s: Callable[[], float] = time.time,
         labelled: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
@@ -100,6 +102,7 @@ class School:
         self._store = store
         self._identity = identity
         self._published = published
+        self._promised = promised
         self._clock_s = clock_s
         self._labelled = labelled
         self._groups: dict[str, _Group] = {}
@@ -182,8 +185,10 @@ class School:
                     name, group.learner.snapshot(), keys, after=group.generation, saved_ms=self._now_ms()
                 )
             )
-        except CloudError:
+        except CloudError as error:
             group.learner.restore(before)
+            if isinstance(error, StaleLearner):  # another store has taken the place of one that was damaged
+                group.generation = self._store.read(lambda db: learners.generation(db, name))
             raise
         group.held = [*group.held, *held][-JUDGED:]
         if done.refused:
@@ -218,7 +223,7 @@ class School:
             return
         group.refused = 0
         epoch = self._identity.root.epoch
-        seq = self._store.read(lambda db: ledger.last_seq(db, name, epoch)) + 1
+        seq = self._next_seq(name, epoch)
         sealed, payload = make_patch(
             learner.theta,
             layout,
@@ -242,6 +247,18 @@ class School:
         self._store.call(ledger.append(patch))
         group.head = np.array(learner.theta)
         self._published(Published(name, patch))
+
+    def _next_seq(self, name: str, epoch: int) -> int:
+        """The number after every one that edges know of: a ledger may have been lost, or its counter damaged."""
+        promised = self._promised(name)
+        try:
+            last = self._store.read(lambda db: ledger.last_seq(db, name, epoch))
+        except DamagedRecord:
+            last = -1
+        if promised > last:
+            self._store.call(ledger.resume(name, epoch, promised))
+            last = self._store.read(lambda db: ledger.last_seq(db, name, epoch))
+        return last + 1
 
     def _judge(self, group: _Group) -> Verdict:
         learner, options = group.learner, self._config.gate
