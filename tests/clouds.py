@@ -47,12 +47,14 @@ EAGER = UplinkOptions(
     answer_s=0.5,
     max_answer_s=2.0,
     ping_s=0.5,
+    connect_s=1.0,
     wait_s=0.05,
     max_wait_s=0.2,
     refetch_s=0.5,
     patch_bytes=32 << 10,
+    slow_bytes_per_s=256 << 10,
 )
-"""A link that notices within 1.5 s and comes back within 0.2 s."""
+"""A link that notices a dead line within 2 s and comes back within 0.2 s."""
 
 
 # --- the program ------------------------------------------------------------------------------------
@@ -106,10 +108,74 @@ def run_program() -> None:
 # --- a cloud ----------------------------------------------------------------------------------------
 
 
+class Program:
+    """This file as a program, which starts services one after the other; a context.
+
+    Attributes:
+        log: what they have written to stderr, line by line.
+        ready: set while one is ready.
+        endpoint: where it listens.
+        door: where edges enrol with it.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.ready = threading.Event()
+        self.endpoint = self.door = ""
+        self._said: queue.SimpleQueue[dict[str, int]] = queue.SimpleQueue()
+        environment = process_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+        environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        for read, pipe in ((self._read_said, self._process.stdout), (self._read_log, self._process.stderr)):
+            threading.Thread(target=read, args=(pipe,), daemon=True).start()
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(PATIENCE_S)
+
+    def launch(self, form: dict[str, object]) -> int:
+        """Start a service and do not wait until it is ready; its process."""
+        self.ready.clear()
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(form) + "\n")
+        self._process.stdin.flush()
+        return self._said.get(timeout=PATIENCE_S)["pid"]
+
+    def ended(self) -> int:
+        """Wait until the service has ended; its status."""
+        return self._said.get(timeout=PATIENCE_S)["exit"]
+
+    def _read_said(self, pipe: IO[str]) -> None:
+        for line in pipe:
+            self._said.put(json.loads(line))
+
+    def _read_log(self, pipe: IO[str]) -> None:
+        for line in pipe:
+            self.log.append(line.rstrip("\n"))
+            found = re.match(r"ready (\S+) (\S+)", line)
+            if found:
+                self.endpoint, self.door = found[1], found[2]
+                self.ready.set()
+
+
 class Cloud:
     """One store and the services that hold it, one after the other; a context.
 
     Args:
+        program: starts them.
         store: its directory, made with keys if need be.
         bundle: student and teacher.
         settings: more lines of the configuration file.
@@ -118,17 +184,19 @@ class Cloud:
     Attributes:
         endpoint: where edges connect; the same for all services.
         door: where they enrol.
-        log: lines of all services.
         pid: of the present one.
     """
 
-    def __init__(self, store: Path, bundle: Path, settings: str = "", *, clock: Path | None = None) -> None:
+    def __init__(
+        self, program: Program, store: Path, bundle: Path, settings: str = "", *, clock: Path | None = None
+    ) -> None:
+        self.program = program
         self.store = store
         if not store.exists():
             identity.create(store)
         self.endpoint = self.door = "tcp://127.0.0.1:0"
-        self.log: list[str] = []
         self.pid = 0
+        self._log_from = len(program.log)
         self._bundle = bundle
         self._clock = clock
         self._file = store / "cloud.toml"
@@ -137,37 +205,22 @@ class Cloud:
             + settings
             + ("" if "[learner]" in settings else "[learner]\nnew = 8\nreplay = 8\nrounds = 1\n")
         )
-        self._said: queue.SimpleQueue[dict[str, int]] = queue.SimpleQueue()
-        self._ready = threading.Event()
 
     def __enter__(self) -> Cloud:
-        environment = process_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-        environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
-        self._program = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self._program.stdout is not None
-        assert self._program.stderr is not None
-        for read, pipe in ((self._read_said, self._program.stdout), (self._read_log, self._program.stderr)):
-            threading.Thread(target=read, args=(pipe,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        assert self._program.stdin is not None
-        self._program.stdin.close()
-        self._program.wait(PATIENCE_S)
 
     def start(self) -> None:
         """Start a service and wait until it is ready."""
         self.launch()
-        assert self._ready.wait(PATIENCE_S), self.log[-20:]
+        assert self.program.ready.wait(PATIENCE_S), self.log[-20:]
+        self.endpoint, self.door = self.program.endpoint, self.program.door
 
     def launch(self) -> None:
         """Start a service and do not wait for it."""
         assert not self.pid
-        self._ready.clear()
         flags = {
             "student": str(self._bundle), "teacher": str(self._bundle), "store": str(self.store),
             "bind": self.endpoint, "enroll_bind": self.door,
@@ -179,10 +232,7 @@ class Cloud:
             "arguments": arguments, "flags": flags, "file": str(self._file),
             "clock": None if self._clock is None else str(self._clock),
         }  # fmt: skip
-        assert self._program.stdin is not None
-        self._program.stdin.write(json.dumps(form) + "\n")
-        self._program.stdin.flush()
-        self.pid = self._said.get(timeout=PATIENCE_S)["pid"]
+        self.pid = self.program.launch(form)
 
     def send(self, number: int) -> None:
         """Send the service a signal."""
@@ -202,9 +252,14 @@ class Cloud:
 
     def ended(self) -> int:
         """Wait until the service has ended by itself; its status."""
-        status = self._said.get(timeout=PATIENCE_S)["exit"]
+        status = self.program.ended()
         self.pid = 0
         return status
+
+    @property
+    def log(self) -> list[str]:
+        """What its services have written."""
+        return self.program.log[self._log_from :]
 
     @property
     def data(self) -> Path:
@@ -225,18 +280,6 @@ class Cloud:
         control.leave(self.store, control.LetEnrol(edges.hash_of(secret), name, group, FAR_MS))
         key = identity.load(self.store).curve_public
         enrol(encode_ticket(Ticket(door=self.door, server_key=key, secret=secret, name=name)), state_dir)
-
-    def _read_said(self, pipe: IO[str]) -> None:
-        for line in pipe:
-            self._said.put(json.loads(line))
-
-    def _read_log(self, pipe: IO[str]) -> None:
-        for line in pipe:
-            self.log.append(line.rstrip("\n"))
-            found = re.match(r"ready (\S+) (\S+)", line)
-            if found:
-                self.endpoint, self.door = found[1], found[2]
-                self._ready.set()
 
 
 def _memory(pid: int, name: str) -> int:

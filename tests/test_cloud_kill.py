@@ -6,13 +6,14 @@ import random
 import signal
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import exported
-from clouds import Cloud, Edge, content, look
+from clouds import Cloud, Edge, Program, content, look
 from tta_cloud import ledger, samples
 from tta_cloud.store import Store
 from tta_runtime.bundle import Bundle
@@ -24,6 +25,12 @@ GROUP = "yard"
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
     return Bundle.open(exported.built("resnet", METHODS).path)
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Program]:
+    with Program() as made:
+        yield made
 
 
 @pytest.fixture
@@ -86,21 +93,20 @@ class Found:
         self.patches, self.published = now, self.published | published
 
 
-def kill_at_random(path: Path, bundle: Bundle, kills: int, seed: int) -> tuple[int, int]:
+def kill_at_random(program: Program, path: Path, bundle: Bundle, kills: int, seed: int) -> tuple[int, int]:
     """Kill the service while an edge uploads, again and again; samples acknowledged and patches published."""
     draw, found, pause = random.Random(seed), Found(), threading.Event()
-    with Cloud(path / "cloud", bundle.path) as cloud:
+    with Cloud(program, path / "cloud", bundle.path) as cloud:
         cloud.start()
         cloud.enrol(path / "edge")
         with Edge(path / "edge", bundle) as edge:
             for number in range(kills):
                 if not cloud.pid:
                     cloud.launch()
-                before = len(edge.acknowledged)
                 edge.take(draw.randrange(30, 60), seed=number)
                 if draw.random() < 0.8:  # else while it starts, or has just started
-                    wanted = draw.randrange(1, 30)
-                    look(lambda: len(edge.acknowledged) - before, lambda n, w=wanted: n >= w)  # type: ignore[misc]
+                    wanted = len(edge.acknowledged) + draw.randrange(1, 30)
+                    look(lambda wanted=wanted: len(edge.acknowledged) >= wanted)  # type: ignore[misc]
                 pause.wait(draw.random() * 0.2)
                 assert cloud.kill() == -signal.SIGKILL
                 found.check(cloud.data, [edge])
@@ -119,17 +125,21 @@ def kill_at_random(path: Path, bundle: Bundle, kills: int, seed: int) -> tuple[i
             return len(edge.acknowledged), len(found.published)
 
 
-def test_killed_at_a_few_moments_while_an_edge_uploads(bundle: Bundle, quick_path: Path) -> None:
-    acknowledged, published = kill_at_random(quick_path, bundle, 5, seed=1)
+def test_killed_at_a_few_moments_while_an_edge_uploads(
+    program: Program, bundle: Bundle, quick_path: Path
+) -> None:
+    acknowledged, published = kill_at_random(program, quick_path, bundle, 5, seed=1)
     print(f"5 kills, {acknowledged} samples acknowledged, {published} patches published")
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_moments_while_an_edge_uploads(bundle: Bundle, quick_path: Path) -> None:
+def test_killed_at_fifty_moments_while_an_edge_uploads(
+    program: Program, bundle: Bundle, quick_path: Path
+) -> None:
     totals = [0, 0]
     for number in range(5):
         path = quick_path / str(number)
         path.mkdir()
-        for at, count in enumerate(kill_at_random(path, bundle, 10, seed=100 + number)):
+        for at, count in enumerate(kill_at_random(program, path, bundle, 10, seed=100 + number)):
             totals[at] += count
     print(f"50 kills, {totals[0]} samples acknowledged, {totals[1]} patches published")

@@ -65,6 +65,8 @@ LONGEST_WAIT_S = 5.0
 MAX_FRAME = 17 << 20
 SILENCE_S = 60.0
 EXPIRE_EVERY_S = 3600.0
+NO_VERDICT = ("newer", "disk-error")
+"""Reasons of a refusal that say nothing about the patch."""
 STORE_RETRY_S = 2.0
 """After which an edge asks again where the store could not take its sample."""
 
@@ -397,7 +399,7 @@ class CloudServer:
     def _follow(self, edge: Edge, epoch: int, seq: int, state: str, reason: str) -> None:
         """What an edge says of a patch moves its rollout on."""
         rollout = self._rollouts.get(edge.group)
-        if rollout is None or _order(self._newest[edge.group]) != (epoch, seq) or reason == "newer":
+        if rollout is None or _order(self._newest[edge.group]) != (epoch, seq) or reason in NO_VERDICT:
             return
         after = progress(
             rollout, edge.key, state, reason, time.monotonic(), self._config.rollout,
@@ -575,7 +577,7 @@ class CloudServer:
         if behind and not self._behind:
             log.warning(
                 "the clock says %d, heads were signed up to %d: they keep that date, and edges whose clocks are ahead "
-                "of it refuse them. Set the clock; if it was ahead before, `tta-cloud keys rotate` lets dates begin anew",
+                "of it refuse them. Set the clock; if it was ahead, `tta-cloud keys rotate` lets dates begin anew",
                 now_s, issued_s,
             )  # fmt: skip
         self._behind = behind

@@ -94,7 +94,12 @@ def _findings_of(stream: StreamStatus, selector: str, *, switch: bool) -> Iterab
 
 
 def _findings_of_cloud(cloud: CloudInfo) -> Iterable[Finding]:
-    if cloud.problem:
+    if cloud.problem and cloud.phase == "online":
+        yield Finding(
+            f"the cloud takes no samples now ({cloud.problem}); they wait here",
+            "Look at the cloud's log and at the room on its disk",
+        )
+    elif cloud.problem:
         yield Finding(
             f"no link to the cloud ({cloud.problem}); what was taught goes on serving",
             "Look whether tta-cloud serve runs and is reachable, and tta-cloud keys list shows this edge as active",
@@ -102,7 +107,8 @@ def _findings_of_cloud(cloud: CloudInfo) -> Iterable[Finding]:
     elif cloud.stale:
         yield Finding(
             "the cloud has told of no patch for ten minutes, though the link is up",
-            "Somebody may hold its messages back: look at its log, and at what stands between",
+            "Somebody may hold its messages back, or a clock is ahead: look at the log, at what stands between and at "
+            "the time on both machines",
         )
 
 
