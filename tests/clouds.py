@@ -65,8 +65,8 @@ def say(**line: object) -> None:
 
 
 def serve(form: dict[str, Any]) -> None:
-    """The command, or the same service with a clock that is off by as much as a file says."""
-    if form["clock"] is None:
+    """The command; or the same service with a clock that is off by as much as a file says, or one that dies."""
+    if form["clock"] is None and form["die"] is None:
         from tta_cloud.cli import main
 
         main(["serve", *form["arguments"]])
@@ -74,14 +74,65 @@ def serve(form: dict[str, Any]) -> None:
     from tta_cloud.config import resolve
     from tta_cloud.start import start
 
-    off = Path(form["clock"])
+    if form["die"] is not None:
+        _die_at(*form["die"])
+    off = form["clock"]
     server = start(
         resolve(flags=form["flags"], environment={}, file=Path(form["file"])),
-        clock_s=lambda: time.time() + float(off.read_text()),
+        clock_s=time.time if off is None else lambda: time.time() + float(Path(off).read_text()),
     )
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server.on_ready = lambda: print(f"ready {server.endpoint} {server.door}", file=sys.stderr, flush=True)
     server.run()
+
+
+POINTS = ("before-commit", "after-commit", "before-ledger", "after-ledger", "after-push")
+"""Where a service can be made to die: around the commit of whatever waits; between what a learner has saved and its
+patch in the ledger; between the ledger and the first head; and after a head that names a patch, before the ledger says
+that it is published.
+"""
+
+
+def _die_at(point: str, nth: int) -> None:
+    """Let the service of this process end by SIGKILL when it comes to a point for the n-th time."""
+    import functools
+
+    import tta_cloud.school
+    import tta_cloud.service
+    import tta_cloud.start
+
+    left = [nth]
+    pushed = threading.Event()
+
+    def reach(found: str) -> None:
+        left[0] -= found == point
+        if found == point and left[0] <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def commit(name: str) -> None:
+        if name == "commit.before" and pushed.is_set():
+            threading.Event().wait(0.2)  # until the head is with the edge
+            reach("after-push")
+        reach({"commit.before": "before-commit", "commit.after": "after-commit"}.get(name, ""))
+
+    class Dying(tta_cloud.service.CloudServer):
+        def _learned(self, published: Any) -> None:
+            reach("after-ledger")
+            super()._learned(published)
+
+        def _begin(self, published: Any) -> None:
+            super()._begin(published)
+            pushed.set()
+
+    make_patch = tta_cloud.school.make_patch
+
+    def made(*arguments: Any, **named: Any) -> Any:
+        reach("before-ledger")
+        return make_patch(*arguments, **named)
+
+    tta_cloud.school.make_patch = made
+    tta_cloud.service.Store = functools.partial(tta_cloud.service.Store, fail_point=commit)  # type: ignore[misc, assignment]
+    tta_cloud.start.CloudServer = Dying  # type: ignore[misc]
 
 
 def run_program() -> None:
@@ -212,14 +263,14 @@ class Cloud:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def start(self) -> None:
-        """Start a service and wait until it is ready."""
-        self.launch()
+    def start(self, die: tuple[str, int] | None = None) -> None:
+        """Start a service and wait until it is ready; see `launch`."""
+        self.launch(die)
         assert self.program.ready.wait(PATIENCE_S), self.log[-20:]
         self.endpoint, self.door = self.program.endpoint, self.program.door
 
-    def launch(self) -> None:
-        """Start a service and do not wait for it."""
+    def launch(self, die: tuple[str, int] | None = None) -> None:
+        """Start a service and do not wait for it; it dies when it comes to one of `POINTS` for the n-th time."""
         assert not self.pid
         flags = {
             "student": str(self._bundle), "teacher": str(self._bundle), "store": str(self.store),
@@ -231,6 +282,7 @@ class Cloud:
         form = {
             "arguments": arguments, "flags": flags, "file": str(self._file),
             "clock": None if self._clock is None else str(self._clock),
+            "die": die,
         }  # fmt: skip
         self.pid = self.program.launch(form)
 

@@ -224,13 +224,12 @@ class Relay:
             if strike is not None:
                 self._strikes.remove(strike)
                 data = data[: strike.after] + strike.harm(data[strike.after :])
+                strike.done.set()
             writer.write(data)
             self.passed[way] += len(data)
             await writer.drain()
-            if strike is not None:
-                strike.done.set()
-                if strike.cut:
-                    return
+            if strike is not None and strike.cut:
+                return
 
 
 def _end(connection: _Connection, *, reset: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import tempfile
@@ -10,12 +11,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 import exported
-from clouds import Cloud, Edge, Program, content, look
+from clouds import POINTS, Cloud, Edge, Program, content, look
+from disks import Crashing
+from networks import SIZE
+from running import PATIENCE_S
+from serving import until
 from tta_cloud import ledger, samples
+from tta_cloud.reading import read
 from tta_cloud.store import Store
+from tta_edge.base import BaseStore, own
+from tta_edge.client import Client
+from tta_edge.errors import ConnectionLost, DeadlineExceeded, Unreachable
+from tta_runtime import theta
 from tta_runtime.bundle import Bundle
 
 METHODS = ("source", "distill")
@@ -93,6 +105,14 @@ class Found:
         self.patches, self.published = now, self.published | published
 
 
+def converged(edge: Edge) -> None:
+    """Wait until an edge has the newest patch that it is told of, and nothing waits."""
+    look(
+        lambda: (edge.phase, len(edge.kept), edge.link_head(), "{}.{}".format(*edge.base.order), edge.staged),
+        lambda f: f[:2] == ("online", 0) and f[2] == f[3] and f[4],
+    )
+
+
 def kill_at_random(program: Program, path: Path, bundle: Bundle, kills: int, seed: int) -> tuple[int, int]:
     """Kill the service while an edge uploads, again and again; samples acknowledged and patches published."""
     draw, found, pause = random.Random(seed), Found(), threading.Event()
@@ -113,11 +133,7 @@ def kill_at_random(program: Program, path: Path, bundle: Bundle, kills: int, see
             cloud.launch()
             edge.take(8, seed=kills)
             edge.settled(1)
-            newest = look(
-                lambda: (edge.staged[-1:], edge.link_head()),
-                lambda f: f[0] and "{}.{}".format(*f[0][0]) == f[1],
-            )
-            assert newest
+            converged(edge)
             assert cloud.end() == 0
             found.check(cloud.data, [edge])
             assert sorted(edge.staged) == edge.staged, "an older patch was taken again"
@@ -143,3 +159,124 @@ def test_killed_at_fifty_moments_while_an_edge_uploads(
         for at, count in enumerate(kill_at_random(program, path, bundle, 10, seed=100 + number)):
             totals[at] += count
     print(f"50 kills, {totals[0]} samples acknowledged, {totals[1]} patches published")
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_named_points(program: Program, bundle: Bundle, quick_path: Path, point: str) -> None:
+    """A service that dies just there, three times at another turn, and one that takes up what it has left."""
+    found = Found()
+    with Cloud(program, quick_path / "cloud", bundle.path) as cloud:
+        cloud.start()
+        cloud.enrol(quick_path / "edge")
+        cloud.end()
+        with Edge(quick_path / "edge", bundle) as edge:
+            for nth in (1, 2, 4):
+                cloud.launch((point, nth))
+                edge.take(60, seed=nth)
+                assert cloud.ended() == -signal.SIGKILL
+                found.check(cloud.data, [edge])
+            left = max(found.patches, default=(1, 0))
+            cloud.start()
+            converged(edge)
+            if point in ("after-ledger", "after-push"):
+                assert edge.staged[-1] >= left, "a patch that was durable is never offered"
+                assert left in edge.patches or edge.staged[-1] > left
+            assert cloud.end() == 0
+            found.check(cloud.data, [edge])
+            assert not [line for line in cloud.log if "replay" in line]
+            assert edge.info(seen=0, chosen=0).patches_refused == 0, "a head went back"
+
+
+# --- an edge ----------------------------------------------------------------------------------------
+
+
+def images(seed: int, n: int = 8) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).random((n, 3, SIZE, SIZE), dtype=np.float32)
+
+
+class Served:
+    """What an edge serves after each restart, beside what was committed and what the cloud has published."""
+
+    def __init__(self, cloud: Cloud, bundle: Bundle, state: Path) -> None:
+        self._cloud, self._bundle, self._state = cloud, bundle, state
+        self.newest = (0, 0)
+
+    def on_disk(self) -> tuple[tuple[int, int], str]:
+        """Number and digest of the newest base that a slot holds; of the source where there is none."""
+        found, refused = BaseStore(self._state / "bases" / "default", self._bundle).load()
+        assert refused == [], "a kill is no damage"
+        base = found[0] if found else own(self._bundle)
+        return base.order, theta.digest(self._bundle.manifest.theta, np.asarray(base.theta))
+
+    def check(self, client: Client) -> None:
+        """It is what was committed, to the bit; it was published; and nothing that has served is forgotten."""
+        order, digest = self.on_disk()
+        assert order >= self.newest, "a committed base is lost"
+        shown = client.status().bundles[0].base
+        assert shown == ("" if order == (0, 0) else "{}.{}".format(*order))
+        assert client.predict(images(0), adapt=False).theta_digest == digest
+        if order != (0, 0):
+            patch = read(self._cloud.store, lambda db: ledger.get(db, GROUP, *order))
+            assert msgspec.msgpack.decode(patch.body)["theta_digest"] == digest
+        self.newest = order
+
+    def work(self, client: Client, seed: int) -> None:
+        """One request; what is served then was committed before."""
+        client.predict(images(seed))
+        base = client.status().bundles[0].base
+        if base:
+            self.newest = max(self.newest, tuple(map(int, base.split("."))))  # type: ignore[assignment]
+
+
+def kill_edges(program: Program, path: Path, bundle: Bundle, kills: list[tuple[int, str]], seed: int) -> int:
+    """Kill an edge's daemon: at a call to the disk (from 1, and when), or (0) at a random moment; bases served."""
+    draw, seeds, pause = random.Random(seed), itertools.count(1), threading.Event()
+    state = path / "edge"
+    with Cloud(program, path / "cloud", bundle.path) as cloud:
+        cloud.start()
+        cloud.enrol(state)
+        config = {
+            "bundle": str(bundle.path), "mode": "cloud", "method": "source", "state_dir": str(state),
+            "upload": "all", "probation_samples": 16, "log_level": "error", "max_distance": 1e6,
+        }  # fmt: skip
+        served = Served(cloud, bundle, state)
+        with Crashing(config, arm=path / "arm") as edge:
+            for kill_at, when in kills:
+                (path / "arm").unlink(missing_ok=True)
+                with Client(edge.start(kill_at, when), timeout_s=PATIENCE_S) as client:
+                    served.check(client)
+                    if kill_at:
+                        (path / "arm").touch()
+                    rounds = draw.randrange(2, 30)
+                    try:
+                        while kill_at or rounds:
+                            served.work(client, next(seeds))
+                            rounds -= 1
+                    except (ConnectionLost, DeadlineExceeded, Unreachable):
+                        assert kill_at
+                    pause.wait(draw.random() * 0.02)
+                    edge.kill()
+                assert edge.ended() == -signal.SIGKILL
+            (path / "arm").unlink(missing_ok=True)
+            with Client(edge.start(), timeout_s=PATIENCE_S) as client:
+                served.check(client)
+                before = served.newest
+                until(lambda: served.work(client, next(seeds)) or served.newest > before)
+    return served.newest[1]
+
+
+def test_an_edge_that_is_killed_serves_a_committed_base(
+    program: Program, bundle: Bundle, quick_path: Path
+) -> None:
+    kills = [(0, ""), (0, ""), (2, "half"), (4, "before"), (4, "after"), (0, "")]
+    assert kill_edges(program, quick_path, bundle, kills, seed=1) > 1
+
+
+@pytest.mark.slow
+def test_an_edge_that_is_killed_often_serves_a_committed_base(
+    program: Program, bundle: Bundle, quick_path: Path
+) -> None:
+    """Around every call to the disk of two commits, and at fifty random moments."""
+    calls = [(nth, when) for nth in range(1, 13) for when in ("before", "half", "after")]
+    last = kill_edges(program, quick_path, bundle, [*calls, *[(0, "")] * 50], seed=2)
+    print(f"{len(calls)} kills at calls to the disk, 50 at random; base {last} serves")

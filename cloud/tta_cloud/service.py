@@ -65,7 +65,7 @@ LONGEST_WAIT_S = 5.0
 MAX_FRAME = 17 << 20
 SILENCE_S = 60.0
 EXPIRE_EVERY_S = 3600.0
-NO_VERDICT = ("newer", "disk-error")
+NO_VERDICT = ("newer", "stale", "disk-error")
 """Reasons of a refusal that say nothing about the patch."""
 STORE_RETRY_S = 2.0
 """After which an edge asks again where the store could not take its sample."""
