@@ -378,6 +378,7 @@ class Edge(CloudLink):
         patches: (epoch, seq) -> digest of the signed body and payload, of every patch that came.
         staged: (epoch, seq) of those that were offered, in order.
         base: what it serves.
+        dates: of the heads that came.
     """
 
     def __init__(
@@ -396,6 +397,7 @@ class Edge(CloudLink):
         self.given_up: list[str] = []
         self.patches: dict[tuple[int, int], str] = {}
         self.staged: list[tuple[int, int]] = []
+        self.dates: list[int] = []
         self.base = base or own(bundle)
         self.kept = spool or Kept(state_dir / "spool")
         self._layout = bundle.manifest.theta
@@ -453,6 +455,8 @@ class Edge(CloudLink):
                 self.acknowledged[event.key] = event.stored, event.reason
             elif isinstance(event, GivenUp) and event.key:
                 self.given_up.append(event.key)
+            elif isinstance(event, uplink.HeadCame):
+                self.dates.append(msgspec.msgpack.decode(seals.decode(event.sealed).body)["issued_s"])
             elif isinstance(event, uplink.PatchCame):
                 self._note(event.sealed, bytes(event.payload))
         super()._do(events)

@@ -30,7 +30,7 @@ AHEAD_S = 60
 class _Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: int
     edges: tuple[Edge, ...] = ()
-    numbers: Mapping[str, int] = {}
+    newest: Mapping[str, tuple[int, str]] = {}
     signed_s: int = 0
 
 
@@ -80,9 +80,13 @@ class Promises:
         """Every edge that was enrolled, also those that are shut out."""
         return self._facts.edges
 
+    def newest(self, group: str) -> tuple[int, str]:
+        """Number and sha256 of the body of the last patch of a group in this epoch; 0 and "" for none."""
+        return self._facts.newest.get(group, (0, ""))
+
     def number(self, group: str) -> int:
-        """Of the last patch of a group that edges were told of in this epoch; 0 for none."""
-        return self._facts.numbers.get(group, 0)
+        """Of the last patch of a group in this epoch; 0 for none."""
+        return self.newest(group)[0]
 
     def keep(self, edges: Iterable[Edge]) -> None:
         """Remember who is let in and who is not."""
@@ -97,12 +101,12 @@ class Promises:
             if found != self._facts.edges:
                 self._write(msgspec.structs.replace(self._facts, edges=found))
 
-    def give(self, group: str, seq: int) -> None:
-        """Remember that edges will be told of a patch of this number."""
+    def give(self, group: str, seq: int, body_sha256: str) -> None:
+        """Remember that edges will be told of a patch."""
         with self._lock:
             if seq > self.number(group):
-                numbers = {**self._facts.numbers, group: seq}
-                self._write(msgspec.structs.replace(self._facts, numbers=numbers))
+                newest = {**self._facts.newest, group: (seq, body_sha256)}
+                self._write(msgspec.structs.replace(self._facts, newest=newest))
 
     def date(self, now_s: float) -> int:
         """The date to sign with: now, or the last one that was signed where the clock was set back since."""

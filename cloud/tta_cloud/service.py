@@ -116,6 +116,7 @@ class CloudServer:
         self._heads_due_s = self._expire_due_s = 0.0
         self._served: dict[str, Patch] = {}
         self._told_of: dict[str, Patch] = {}
+        self._lost: dict[str, tuple[int, str]] = {}
         self._behind = False
         self._promises = Promises(Path(config.store) / PROMISES, identity.root.epoch)
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -468,7 +469,7 @@ class CloudServer:
     def _begin(self, published: Published) -> None:
         group, patch = published.group, published.patch
         online = self._online().get(group, ())
-        self._promises.give(group, patch.entry.seq)
+        self._promises.give(group, *_named(patch))
         rollout = begin(patch.entry.seq, online, time.monotonic(), self._config.rollout)
         before = self._rollouts.get(group)
         self._newest_before(group, before)
@@ -543,31 +544,35 @@ class CloudServer:
 
     def _push_head(self, group: str, *, only: str = "") -> None:
         """Tell edges what is the newest patch for them; canaries may have a newer one than the others."""
-        by_patch: dict[int, tuple[Patch | None, list[str]]] = {}
+        by_patch: dict[tuple[int, str], list[str]] = {}
         for user in [only] if only else self._online().get(group, []):
-            patch = self._for(self._edges[user])
-            before = self._told_of.get(user)
-            if before is not None and (patch is None or _order(patch) < _order(before)):
-                patch = before  # it was stopped: a head that goes back would be refused as a replay
-            elif patch is not None:
-                self._told_of[user] = patch
-            seq = 0 if patch is None else patch.entry.seq
-            by_patch.setdefault(seq, (patch, []))[1].append(user)
+            by_patch.setdefault(self._newest_for(self._edges[user]), []).append(user)
         epoch = self._identity.root.epoch
         issued_s = self._date()
-        for seq, (patch, users) in by_patch.items():
-            current = patch is not None and patch.entry.epoch == epoch
+        for (seq, newest), users in by_patch.items():
             head = make_head(
                 [self._identity.publisher],
                 channel=group,
                 epoch=epoch,
-                seq=seq if current else 0,
-                newest=body_sha256(sealed_of(patch)) if patch is not None and current else "",
+                seq=seq,
+                newest=newest,
                 issued_s=issued_s,
             )
             sealed = _bytes(seals.encode(head))
             message = HeadMessage(sealed=declare(sealed))
             self._send(self._router, self._session, self._session.push(users, message, {"sealed": sealed}))
+
+    def _newest_for(self, edge: Edge) -> tuple[int, str]:
+        """Number and body that a head names for an edge. It never goes back: that would be refused as a replay."""
+        patch, before = self._for(edge), self._told_of.get(edge.key)
+        if before is not None and (patch is None or _order(patch) < _order(before)):
+            patch = before  # its rollout was stopped
+        elif patch is not None:
+            self._told_of[edge.key] = patch
+        current = patch is not None and patch.entry.epoch == self._identity.root.epoch
+        return max(
+            _named(patch) if patch is not None and current else (0, ""), self._lost.get(edge.group, (0, ""))
+        )
 
     def _date(self) -> int:
         """The date of a head: it never goes back, whatever the clock does."""
@@ -673,13 +678,17 @@ class CloudServer:
     def _recall(self, group: str) -> None:
         try:
             patch = self._store.read(lambda db: ledger.newest(db, group))
-            last = self._store.read(lambda db: ledger.last_seq(db, group, self._identity.root.epoch))
+            last = self._store.read(lambda db: ledger.last(db, group))
         except DamagedRecord as error:
             log.error("group %s: its next patch takes the place of a damaged one: %s", group, error)
-            return
-        self._promises.give(group, last)
+            patch = last = None
         if patch is not None:
             self._served[group] = patch
+        if last is not None and last.entry.epoch == self._identity.root.epoch:
+            self._promises.give(group, *_named(last))
+        named = self._promises.newest(group)
+        if last is None or _named(last) < named:
+            self._lost[group] = named
 
     def _readmit(self) -> None:
         """Edges that a damaged store has lost need not enrol again."""
@@ -741,6 +750,11 @@ def _for_later(error: TtaError) -> TtaError:
     busy = Busy(f"{error.code}: {error.cause}", error.fix)
     busy.retry_after_s = STORE_RETRY_S
     return busy
+
+
+def _named(patch: Patch) -> tuple[int, str]:
+    """Number and sha256 of the body, as a head has them."""
+    return patch.entry.seq, body_sha256(sealed_of(patch))
 
 
 def _order(patch: Patch) -> tuple[int, int]:
