@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import msgspec
 import numpy as np
@@ -368,6 +368,7 @@ class Edge(CloudLink):
         state_dir: where it is enrolled.
         bundle: that it serves.
         base: to begin with.
+        verdict: on every patch.
         options: of the link.
         more: of `CloudLink`.
 
@@ -387,6 +388,7 @@ class Edge(CloudLink):
         bundle: Bundle,
         *,
         base: Base | None = None,
+        verdict: Literal["committed", "refused", "staged"] = "committed",
         options: UplinkOptions | None = EAGER,
         endpoint: str = "",
         spool: Kept | None = None,
@@ -399,6 +401,7 @@ class Edge(CloudLink):
         self.staged: list[tuple[int, int]] = []
         self.dates: list[int] = []
         self.base = base or own(bundle)
+        self.verdict = verdict
         self.kept = spool or Kept(state_dir / "spool")
         self._layout = bundle.manifest.theta
         found = load(state_dir)
@@ -443,6 +446,10 @@ class Edge(CloudLink):
             ]
         )  # fmt: skip
 
+    def present_now(self) -> None:
+        """Say in the next hello what it serves now."""
+        self._calls.put(lambda: self._uplink.present(self._hello()))
+
     def settled(self, count: int) -> None:
         """Wait until so many samples were handed in and each is acknowledged."""
         look(lambda: (len(self.kept.keys) >= count and not len(self.kept), len(self.kept)), lambda f: f[0])
@@ -469,10 +476,16 @@ class Edge(CloudLink):
 
     def _stage(self, epoch: int, seq: int, theta: Any, report: Callable[[Progress], None]) -> None:
         self.staged.append((epoch, seq))
-        self.base = Base(epoch, seq, theta, epoch, seq)
-        digest = thetas.digest(self._layout, np.asarray(theta))
+        verdict = self.verdict
+        if verdict == "committed":
+            self.base = Base(epoch, seq, theta, epoch, seq)
+        elif verdict == "refused":
+            self.base = replace(self.base, seen_epoch=epoch, seen_seq=seq)
+        digest = thetas.digest(self._layout, np.asarray(self.base.theta))
         report(Progress(epoch, seq, "staged", "", "", digest))
-        report(Progress(epoch, seq, "committed", "", "", digest))
+        if verdict != "staged":
+            why = "collapse" if verdict == "refused" else ""
+            report(Progress(epoch, seq, verdict, why, "", digest))
 
 
 def content(body: bytes, payload: bytes) -> str:

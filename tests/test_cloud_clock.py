@@ -1,4 +1,4 @@
-"""Clocks that are ten years off, on either side and either way: what is refused, what goes on, and how it is well again.
+"""Clocks that are ten years off, on either side and either way: what is refused, what goes on, how it is well again.
 
 The cloud is a process whose clock a file moves; the edge's link takes a clock of the test's.
 """

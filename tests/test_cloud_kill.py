@@ -8,6 +8,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from serving import until
 from tta_cloud import ledger, samples
 from tta_cloud.reading import read
 from tta_cloud.store import Store
-from tta_edge.base import BaseStore, own
+from tta_edge.base import Base, BaseStore, own
 from tta_edge.client import Client
 from tta_edge.errors import ConnectionLost, DeadlineExceeded, Unreachable
 from tta_runtime import theta
@@ -163,14 +164,14 @@ def test_killed_at_fifty_moments_while_an_edge_uploads(
 
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_named_points(program: Program, bundle: Bundle, quick_path: Path, point: str) -> None:
-    """A service that dies just there, three times at another turn, and one that takes up what it has left."""
+    """A service that dies just there, twice at another turn, and one that takes up what it has left."""
     found = Found()
     with Cloud(program, quick_path / "cloud", bundle.path) as cloud:
         cloud.start()
         cloud.enrol(quick_path / "edge")
         cloud.end()
         with Edge(quick_path / "edge", bundle) as edge:
-            for nth in (1, 2, 4):
+            for nth in (1, 3):
                 cloud.launch((point, nth))
                 edge.take(60, seed=nth)
                 assert cloud.ended() == -signal.SIGKILL
@@ -185,6 +186,74 @@ def test_killed_at_named_points(program: Program, bundle: Bundle, quick_path: Pa
             found.check(cloud.data, [edge])
             assert not [line for line in cloud.log if "replay" in line]
             assert edge.info(seen=0, chosen=0).patches_refused == 0, "a head went back"
+
+
+def states(cloud: Cloud) -> dict[int, str]:
+    """The ledger beside a service that runs: number -> state."""
+    return {entry.seq: entry.state for entry in read(cloud.store, lambda db: ledger.entries(db, GROUP))}
+
+
+def told(edges: list[Edge]) -> list[str]:
+    """What each edge says is the newest patch."""
+    return [edge.link_head() for edge in edges]
+
+
+def test_a_rollout_that_a_kill_has_broken_off_goes_on_with_its_canaries(
+    program: Program, bundle: Bundle, quick_path: Path
+) -> None:
+    settings = "[rollout]\ncanary_share = 0.3\ncanary_timeout_s = 600.0\n"
+    with Cloud(program, quick_path / "cloud", bundle.path, settings) as cloud, ExitStack() as stack:
+        cloud.start()
+        edges = []
+        for name in ("a", "b", "c"):
+            cloud.enrol(quick_path / name, name)
+            edges.append(stack.enter_context(Edge(quick_path / name, bundle, verdict="staged")))
+        look(lambda: [edge.phase for edge in edges] == ["online"] * 3)
+        edges[0].take(16, seed=1)
+        look(lambda: [1 for edge in edges if edge.staged])
+        look(lambda: states(cloud).get(1) == "canary")
+        (canary,) = [edge for edge in edges if edge.staged]
+        others = [edge for edge in edges if edge is not canary]
+        cloud.kill()
+        cloud.start()
+        look(lambda: told([canary]) == ["1.1"] and told(others) == ["1.0"] * 2)
+        assert states(cloud)[1] == "canary"
+        assert [edge.staged for edge in others] == [[], []], (
+            "the group has it before its canaries have tried it"
+        )
+        cloud.kill()
+        canary.base = Base(
+            1, 1, canary.base.theta, 1, 1
+        )  # it commits while the cloud is away, and says so in its hello
+        canary.present_now()
+        cloud.start()
+        look(lambda: [edge.staged for edge in others] == [[(1, 1)]] * 2)
+        assert states(cloud)[1] == "published"
+        assert [edge.info(seen=0, chosen=0).patches_refused for edge in edges] == [0] * 3
+
+
+def test_edges_believe_the_cloud_also_when_a_rollout_was_stopped(
+    program: Program, bundle: Bundle, quick_path: Path
+) -> None:
+    """Their canaries know the number of what was stopped: a head with the one before would be a replay to them."""
+    settings = "[rollout]\ncanary_share = 0.3\n"
+    with Cloud(program, quick_path / "cloud", bundle.path, settings) as cloud, ExitStack() as stack:
+        cloud.start()
+        edges = []
+        for name in ("a", "b", "c"):
+            cloud.enrol(quick_path / name, name)
+            edges.append(stack.enter_context(Edge(quick_path / name, bundle, verdict="refused")))
+        look(lambda: [edge.phase for edge in edges] == ["online"] * 3)
+        edges[0].take(16, seed=1)
+        look(lambda: states(cloud).get(1) == "stopped")
+        for _ in range(2):
+            before = [len(edge.dates) for edge in edges]
+            look(lambda before=before: all(len(e.dates) > n + 2 for e, n in zip(edges, before, strict=True)))  # type: ignore[misc]
+            assert sorted(told(edges)) == ["1.0", "1.0", "1.1"]
+            assert [edge.info(seen=0, chosen=0).patches_refused for edge in edges] == [0] * 3
+            cloud.kill()
+            cloud.start()
+            look(lambda: [edge.phase for edge in edges] == ["online"] * 3)
 
 
 # --- an edge ----------------------------------------------------------------------------------------
