@@ -325,7 +325,9 @@ class CloudLink:
         self._wake()
 
     def _report(self, progress: Progress) -> None:
-        if progress.reason == Reason.DISK_ERROR.value:  # no fault of the patch: it is taken when there is room
+        if (
+            progress.reason == Reason.DISK_ERROR.value
+        ):  # no fault of the patch: it is taken when there is room
             self._uplink.lack(progress.epoch, progress.seq, held=self._base().seen)
         self._uplink.report(
             progress.epoch, progress.seq, progress.state, theta_digest=progress.theta_digest,

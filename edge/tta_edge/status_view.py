@@ -17,6 +17,7 @@ from rich.text import Text
 from tta_edge.events import Reason
 from tta_edge.wire import CloudInfo, EventEntry, Requests, StatusReply, StreamStatus
 from tta_runtime import errors
+from tta_runtime.link import BUSY
 
 STATE_STYLES = {"adapting": "green", "frozen": "bold red", "source": "dim", "off": "yellow"}
 ACTION_STYLES = {
@@ -94,7 +95,7 @@ def _findings_of(stream: StreamStatus, selector: str, *, switch: bool) -> Iterab
 
 
 def _findings_of_cloud(cloud: CloudInfo) -> Iterable[Finding]:
-    if cloud.problem and cloud.phase == "online":
+    if cloud.phase == "online" and cloud.problem.startswith(f"{BUSY}: "):
         yield Finding(
             f"the cloud takes no samples now ({cloud.problem}); they wait here",
             "Look at the cloud's log and at the room on its disk",

@@ -465,7 +465,9 @@ class Uplink:
         except WireError as error:
             events = [Garbled(error)]
         if any(isinstance(event, PatchCame) for event in events):
-            self._work = True  # only when the edge has said what it makes of it is it known what to fetch next
+            self._work = (
+                True  # only when the edge has said what it makes of it is it known what to fetch next
+            )
             return events, []
         more, sends = self.tick(now_s)
         return events + more, sends
