@@ -77,12 +77,15 @@ class Small:
         self._filler.unlink()
 
 
-@pytest.fixture(params=["a limit", "a small file system"])
+LIMIT, SMALL = "a limit", "a small file system"
+
+
+@pytest.fixture
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Any]]:
     """A directory, and what fills the disk under it."""
     root = tmp_path / "disk"
     root.mkdir()
-    if request.param == "a limit":
+    if request.param == LIMIT:
         yield root, Limited()
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -113,6 +116,7 @@ def well(edge: Edge) -> bool:
 # --- full ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("disk", [LIMIT, pytest.param(SMALL, marks=pytest.mark.slow)], indirect=True)
 def test_a_cloud_whose_disk_is_full_says_so_and_no_sample_is_lost(
     program: Program, bundle: Bundle, disk: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -151,6 +155,7 @@ def test_a_cloud_whose_disk_is_full_says_so_and_no_sample_is_lost(
         assert states == {"edge": "active", "other": "revoked"}
 
 
+@pytest.mark.parametrize("disk", [pytest.param(LIMIT, marks=pytest.mark.slow), SMALL], indirect=True)
 def test_an_edge_whose_disk_is_full_serves_on_says_so_and_is_taught_again_later(
     program: Program, bundle: Bundle, disk: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -241,7 +246,9 @@ def go_on(cloud: Cloud, edge: Edge, last: int, handed: int) -> None:
     assert read(cloud.store, lambda db: ledger.last_seq(db, GROUP, 1)) > last
 
 
-@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize(
+    "harm", ["no header", *(pytest.param(name, marks=pytest.mark.slow) for name in ("half of it", "flipped"))]
+)
 def test_a_store_that_was_damaged_while_the_service_was_down(
     program: Program, bundle: Bundle, tmp_path: Path, harm: str
 ) -> None:
@@ -270,7 +277,7 @@ def test_a_store_that_was_damaged_while_the_service_was_down(
             look(lambda: well(edge) and edge.base.seq > last)
 
 
-@pytest.mark.parametrize("harm", ["half of it", "flipped"])
+@pytest.mark.parametrize("harm", [pytest.param("half of it", marks=pytest.mark.slow), "flipped"])
 def test_a_store_that_is_damaged_under_a_service_that_runs(
     program: Program, bundle: Bundle, tmp_path: Path, harm: str
 ) -> None:

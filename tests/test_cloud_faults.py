@@ -207,7 +207,13 @@ HARMS: dict[str, Callable[[Relay, Way, int], threading.Event]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize(
+    "harm",
+    [
+        name if name in ("flipped", "cut short") else pytest.param(name, marks=pytest.mark.slow)
+        for name in HARMS
+    ],
+)
 def test_bytes_that_are_changed_on_their_way_change_nothing_else(
     cloud: Cloud, bundle: Bundle, tmp_path: Path, harm: str
 ) -> None:

@@ -162,7 +162,10 @@ def test_killed_at_fifty_moments_while_an_edge_uploads(
     print(f"50 kills, {totals[0]} samples acknowledged, {totals[1]} patches published")
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point",
+    [name if name.startswith("after") else pytest.param(name, marks=pytest.mark.slow) for name in POINTS],
+)
 def test_killed_at_named_points(program: Program, bundle: Bundle, quick_path: Path, point: str) -> None:
     """A service that dies just there, twice at another turn, and one that takes up what it has left."""
     found = Found()

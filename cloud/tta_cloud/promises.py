@@ -59,6 +59,7 @@ class Promises:
         self._disk = disk
         self._lock = threading.Lock()
         self._facts = _Facts(epoch)
+        self._floor_s = 0
         try:
             saved = msgspec.json.decode(read_at_most(path, MAX_BYTES), type=_Saved)
             if saved.check != _check(saved.facts):
@@ -72,8 +73,6 @@ class Promises:
         same = saved.facts.epoch == epoch
         self._facts = saved.facts if same else _Facts(epoch, saved.facts.edges)
         self._floor_s = self._facts.signed_s
-
-    _floor_s = 0
 
     @property
     def edges(self) -> tuple[Edge, ...]:

@@ -257,7 +257,7 @@ class CloudServer:
             self._note(samples.expire(before_ms))
         if now_s >= self._heads_due_s:
             self._heads_due_s = now_s + self._config.head_every_s
-            self._take_notes()
+            self._guarded(self._take_notes)
             for group in online:
                 self._push_head(group)
 
@@ -766,7 +766,10 @@ def _said(edge: Edge, patch: Patch) -> str:
     if (edge.epoch, edge.seq) == _order(patch):
         return "committed"
     state, _, rest = edge.progress.partition(" ")
-    return state if rest.partition(" ")[0] == str(patch.entry.seq) else ""
+    seq, _, why = rest.partition(" ")
+    if seq != str(patch.entry.seq):
+        return ""
+    return "staged" if why in NO_VERDICT else state
 
 
 def _bytes(data: bytes) -> np.ndarray:
