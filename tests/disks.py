@@ -360,7 +360,7 @@ def _held(path: Path) -> dict[str, object]:
     except tensors.TensorsMalformed:
         return {"text": data.decode(errors="replace")[:200]}
     theta = base64.b64encode(arrays["theta"].tobytes()).decode()
-    return {"generation": int(metadata["generation"]), "steps": int(metadata["steps"]), "theta": theta}
+    return {"generation": int(metadata["generation"]), "steps": int(metadata.get("steps", 0)), "theta": theta}
 
 
 def say(line: dict[str, object]) -> None:

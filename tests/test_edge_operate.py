@@ -374,6 +374,11 @@ def test_the_link_to_the_cloud_is_shown():
             "no link to the cloud (silent",
             "keys list",
         ),
+        (
+            status(cloud=cloud(problem="busy: store-full: it cannot grow")),
+            "takes no samples now",
+            "on its disk",
+        ),
         (status(cloud=cloud(stale=True)), "no patch for ten minutes", "hold its messages back"),
         (status(disk_error="No space left on device", state_dir="/s"), "No space left", "Free space"),
         (

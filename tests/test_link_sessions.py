@@ -25,6 +25,7 @@ from tta_edge.uplink import (
     Garbled,
     GivenUp,
     HeadCame,
+    Held,
     Lost,
     Online,
     PatchCame,
@@ -475,7 +476,8 @@ def test_l10_busy_holds_all_samples_back_for_as_long_as_the_cloud_said():
     edge = Edge().online()
     edge.offer(1)
     (sent,) = edge.sends()
-    edge.get(link.Refusal(id=sent.id, code="busy", cause="c", retry_after_s=3.0))
+    events, _ = edge.get(link.Refusal(id=sent.id, code="busy", cause="c", retry_after_s=3.0))
+    assert events == [Held("busy", "c", 3.0)]
     edge.offer(2)
     edge.alive(2.9)
     assert [m for m in edge.sends() if isinstance(m, link.Sample)] == []
@@ -624,6 +626,7 @@ def test_l15_a_patch_is_fetched_when_a_newer_one_is_named_and_not_again_at_once(
     events, sends = edge.get(message, **rows)
     assert isinstance(events[0], PatchCame)
     assert (events[0].sealed, bytes(events[0].payload), sends) == (b"4", b"4", [])
+    assert edge.sends() == []
     assert edge.uplink.next_s(0.0) == 2.0  # until the ping
     edge.alive(9.5)  # it was not adopted
     assert not any(isinstance(m, link.Fetch) for m in edge.sends())
@@ -638,10 +641,39 @@ def test_l15_a_newer_head_during_a_fetch_leads_to_another_fetch():
     (fetch,) = edge.sends()
     edge.uplink.newest(1, 2)
     message, rows = patch_of(1, fetch.id)
-    _, sends = edge.get(message, **rows)
+    assert edge.get(message, **rows)[1] == []  # until the edge has said what it makes of it
+    edge.uplink.have(1, 1)
+    sends = edge.sends()
     assert [type(m) for m in sends] == [link.Fetch]
     _, sends = edge.get(link.Noted(id=sends[0].id))  # there is none for this edge yet
     assert sends == []
+
+
+def test_l15_an_answer_that_is_newer_than_the_question_is_not_fetched_a_second_time():
+    edge = Edge().online()
+    edge.uplink.newest(1, 1)
+    (fetch,) = edge.sends()
+    edge.uplink.newest(1, 2)
+    message, rows = patch_of(2, fetch.id)
+    assert edge.get(message, **rows)[1] == []
+    edge.uplink.have(1, 2)
+    assert edge.sends() == []
+
+
+def test_l15_a_patch_that_could_not_be_kept_is_fetched_again_later():
+    edge = Edge(refetch_s=10.0).online()
+    edge.uplink.newest(1, 1)
+    (fetch,) = edge.sends()
+    message, rows = patch_of(1, fetch.id)
+    edge.get(message, **rows)
+    edge.uplink.have(1, 1)
+    edge.uplink.lack(1, 1, held=(0, 0))
+    edge.alive(9.5)
+    assert not any(isinstance(m, link.Fetch) for m in edge.sends())
+    assert any(isinstance(m, link.Fetch) for m in edge.sends(10.0))
+    edge.uplink.have(1, 2)
+    edge.uplink.lack(1, 1, held=(0, 0))  # a newer one was taken meanwhile
+    assert edge.uplink._have == (1, 2)
 
 
 def test_pushed_messages_are_handed_on_as_they_are():

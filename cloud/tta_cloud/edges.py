@@ -72,6 +72,20 @@ def assign(key: str, group: str) -> Operation[Edge]:
     return Operation("edges.assign", run)
 
 
+def readmit(known: Iterable[Edge]) -> Operation[int]:
+    """Register edges anew that are not in the store, or whose rows are damaged there; gives how many."""
+    each = tuple(checked(edge) for edge in known)
+
+    def run(db: sqlite3.Connection) -> int:
+        there = {edge.key for edge in listed(db)}
+        missing = [edge for edge in each if edge.key not in there]
+        for edge in missing:
+            _put(db, edge)
+        return len(missing)
+
+    return Operation("edges.readmit", run)
+
+
 def seen(keys: Iterable[str], *, now_ms: int) -> Operation[int]:
     """Note that edges were heard of; gives how many of them are known."""
     each = tuple(keys)

@@ -151,6 +151,18 @@ def newest(db: sqlite3.Connection, group: str) -> Patch | None:
     return None if row is None else decode(row)
 
 
+def last(db: sqlite3.Connection, group: str) -> Patch | None:
+    """The newest patch of a group, whatever became of it; None if there is none.
+
+    Raises:
+        DamagedRecord: it is damaged.
+    """
+    row = db.execute(
+        f"SELECT {_PATCH} FROM patches WHERE grp = ? ORDER BY epoch DESC, seq DESC LIMIT 1", (group,)
+    ).fetchone()
+    return None if row is None else decode(row)
+
+
 def get(db: sqlite3.Connection, group: str, epoch: int, seq: int) -> Patch:
     """One patch.
 

@@ -99,7 +99,8 @@ def insert(
     def run(db: sqlite3.Connection) -> Inserted:
         if _known(db, sample.key):
             return "duplicate"
-        if quota and received(db, sample.edge, received_ms - quota.window_ms) >= quota.max_samples:
+        since_ms = received_ms - (quota.window_ms if quota else 0)
+        if quota and received(db, sample.edge, since_ms, received_ms) >= quota.max_samples:
             return "quota"
         # SQLite gives -0.0 back as 0.0, and an integer as a float: the seal is over what will be found.
         row = (
@@ -218,11 +219,14 @@ def replay(db: sqlite3.Connection, group: str, count: int, *, newest: int, seed:
     return _draw(rows(), count)
 
 
-def received(db: sqlite3.Connection, edge: str, since_ms: int) -> int:
-    """How many samples of an edge were stored since a time, those that are forgotten again included."""
+def received(db: sqlite3.Connection, edge: str, since_ms: int, until_ms: int = 2**63 - 1) -> int:
+    """How many samples of an edge were stored within a time, those that are forgotten again included.
+
+    What a clock that was ahead has dated later than `until_ms` does not count: it would for years.
+    """
+    query = "SELECT count(*) FROM {} WHERE edge = ? AND received_ms > ? AND received_ms <= ?"
     counts = [
-        db.execute(f"SELECT count(*) FROM {table} WHERE edge = ? AND received_ms > ?", (edge, since_ms))
-        for table in ("samples", "forgotten")
+        db.execute(query.format(table), (edge, since_ms, until_ms)) for table in ("samples", "forgotten")
     ]
     return sum(int(cursor.fetchone()[0]) for cursor in counts)
 

@@ -21,7 +21,7 @@ import numpy as np
 from tta_cloud import agreement, learners, ledger, samples, steering
 from tta_cloud.config import Config
 from tta_cloud.control import RollBack
-from tta_cloud.errors import CloudError, Internal, SnapshotUnreadable
+from tta_cloud.errors import CloudError, DamagedRecord, Internal, SnapshotUnreadable, StaleLearner
 from tta_cloud.gate import Verdict, held_out, judge, judge_labelled
 from tta_cloud.identity import Identity
 from tta_cloud.intake import balanced
@@ -84,6 +84,7 @@ class School:
         identity: signs.
         published: told of each new patch, on this thread.
         stats: of the service.
+        promised: number of the last patch of a group that edges know of, also where the ledger has lost it.
         clock_s: seconds since 1970.
         labelled: x and y of an operator's hold-out.
     """
@@ -98,6 +99,7 @@ class School:
         published: Callable[[Published], None],
         *,
         stats: Stats | None = None,
+        promised: Callable[[str], int] = lambda group: 0,
         clock_s: Callable[[], float] = time.time,
         labelled: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
@@ -108,6 +110,7 @@ class School:
         self._identity = identity
         self._published = published
         self._stats = stats or Stats()
+        self._promised = promised
         self._clock_s = clock_s
         self._labelled = labelled
         self._groups: dict[str, _Group] = {}
@@ -205,8 +208,10 @@ class School:
                     name, group.learner.snapshot(), keys, after=group.generation, saved_ms=self._now_ms()
                 )
             )
-        except CloudError:
+        except CloudError as error:
             group.learner.restore(before)
+            if isinstance(error, StaleLearner):  # another store has taken the place of one that was damaged
+                group.generation = self._store.read(lambda db: learners.generation(db, name))
             raise
         self._stats.learned(name, "refused" if done.refused else "learned", time.monotonic() - began_s)
         group.held = [*group.held, *held][-JUDGED:]
@@ -278,7 +283,16 @@ class School:
         self._published(Published(name, patch))
 
     def _next_seq(self, name: str) -> int:
-        return self._store.read(lambda db: ledger.last_seq(db, name, self._identity.root.epoch)) + 1
+        """The number after every one that edges know of: a ledger may have been lost, or its counter damaged."""
+        epoch, promised = self._identity.root.epoch, self._promised(name)
+        try:
+            last = self._store.read(lambda db: ledger.last_seq(db, name, epoch))
+        except DamagedRecord:
+            last = -1
+        if promised > last:
+            self._store.call(ledger.resume(name, epoch, promised))
+            last = self._store.read(lambda db: ledger.last_seq(db, name, epoch))
+        return last + 1
 
     def _go_back(self, wish: RollBack, done: Callable[[Patch | TtaError], None]) -> None:
         try:

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,20 @@ import zmq
 
 from tta_cloud import control, edges, ledger, samples, steering, zap
 from tta_cloud.config import Config
-from tta_cloud.errors import BadRecord, CannotServe, CloudError
+from tta_cloud.errors import (
+    BadRecord,
+    Busy,
+    CannotServe,
+    CloudError,
+    DamagedRecord,
+    StoreBusy,
+    StoreError,
+)
 from tta_cloud.identity import Identity
 from tta_cloud.intake import refusals
-from tta_cloud.operations import Outcome
+from tta_cloud.operations import Operation, Outcome
+from tta_cloud.promises import FILE as PROMISES
+from tta_cloud.promises import Promises
 from tta_cloud.records import Edge, Entry, Patch
 from tta_cloud.records import Sample as StoredSample
 from tta_cloud.rollout import Rollout, Stage, begin, progress, tick
@@ -53,7 +64,7 @@ from tta_runtime.link import (
     Welcome,
 )
 from tta_runtime.model import Engines, Model
-from tta_runtime.patch import body_sha256, make_head
+from tta_runtime.patch import HEAD_LIFE_S, body_sha256, make_head
 from tta_runtime.wire import declare
 
 log = logging.getLogger(__name__)
@@ -66,6 +77,10 @@ LONGEST_WAIT_S = 5.0
 MAX_FRAME = 17 << 20
 SILENCE_S = 60.0
 EXPIRE_EVERY_S = 3600.0
+NO_VERDICT = ("newer", "stale", "disk-error")
+"""Reasons of a refusal that say nothing about the patch."""
+STORE_RETRY_S = 2.0
+"""After which an edge asks again where the store could not take its sample."""
 
 
 class CloudServer:
@@ -114,6 +129,10 @@ class CloudServer:
         self._heads_due_s = self._expire_due_s = 0.0
         self._served: dict[str, Patch] = {}
         self._going_back: set[Path] = set()
+        self._told_of: dict[str, Patch] = {}
+        self._lost: dict[str, tuple[int, str]] = {}
+        self._behind = False
+        self._promises = Promises(Path(config.store) / PROMISES, identity.root.epoch)
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._context = zmq.Context()
@@ -135,6 +154,7 @@ class CloudServer:
                 identity,
                 self._learned,
                 stats=self._stats,
+                promised=self._promises.number,
                 clock_s=clock_s,
                 labelled=labelled,
             )
@@ -166,6 +186,7 @@ class CloudServer:
             if self._config.enroll_bind:
                 other, self.door = self._bound(self._config.enroll_bind, DOOR)
                 sockets[other] = self._door
+            self._resume()
             self._school.start({edge.group for edge in self._edges.values()})
             self.ready.set()
             self.on_ready()
@@ -202,7 +223,7 @@ class CloudServer:
                 if socket in ready:
                     self._receive(socket, session)
             self._run_calls()
-            self._tick(time.monotonic())
+            self._guarded(lambda: self._tick(time.monotonic()))
 
     def _let_in(self, authority: zmq.Socket[bytes]) -> None:
         asked = authority.recv_multipart()
@@ -247,7 +268,16 @@ class CloudServer:
                 call = self._calls.get_nowait()
             except queue.Empty:
                 return
+            self._guarded(call)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        """What fails for one of them must not end the service for all edges."""
+        try:
             call()
+        except TtaError as error:
+            log.warning("not carried out: %s", error)
+        except Exception:
+            log.exception("a defect in the network thread")
 
     def _tick(self, now_s: float) -> None:
         for gone in (*self._session.tick(now_s), *self._door.tick(now_s)):
@@ -264,10 +294,10 @@ class CloudServer:
         if now_s >= self._expire_due_s:
             self._expire_due_s = now_s + EXPIRE_EVERY_S
             before_ms = self._now_ms() - int(self._config.retention_days * 86_400_000)
-            self._store.submit(samples.expire(before_ms), self._moved)
+            self._note(samples.expire(before_ms))
         if now_s >= self._heads_due_s:
             self._heads_due_s = now_s + self._config.head_every_s
-            self._take_notes()
+            self._guarded(self._take_notes)
             for group in online:
                 self._push_head(group)
 
@@ -289,11 +319,19 @@ class CloudServer:
             elif isinstance(message, Enroll):
                 self._enroll(socket, session, arrived, message)
         except TtaError as error:
-            self._send(socket, session, session.refuse(arrived, error))
+            self._refuse(socket, session, arrived, error)
         except Exception as error:
             log.exception("a defect while answering an edge")
             internal = CloudError(f"the cloud failed with {type(error).__name__}", "See its log")
-            self._send(socket, session, session.refuse(arrived, internal))
+            self._refuse(socket, session, arrived, internal)
+
+    def _refuse(
+        self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, error: TtaError
+    ) -> None:
+        if session.waits(arrived):  # else it failed in what comes after the answer
+            self._send(socket, session, session.refuse(arrived, _for_later(error)))
+        else:
+            log.warning("after an answer: %s", error)
 
     def _hello(
         self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: Hello
@@ -315,6 +353,7 @@ class CloudServer:
         )
         self._send(socket, session, session.answer(arrived, welcome))
         self._seen(edge, message.epoch, message.seq, message.theta_digest, "")
+        self._compare(edge, message)
         self._push_head(edge.group, only=arrived.user)
 
     def _sample(
@@ -324,7 +363,7 @@ class CloudServer:
         reason = self._unwanted(x) if message.encoding == "raw" else "bad-encoding"
         if reason:
             self._stats.came(edge.group, reason)
-            self._store.submit(samples.refuse(edge.group, reason), lambda outcome: None)
+            self._note(samples.refuse(edge.group, reason))
             reply = Accepted(id=message.id, key=message.key, stored=False, reason=reason)
             self._send(socket, session, session.answer(arrived, reply))
             return
@@ -360,7 +399,8 @@ class CloudServer:
             found = outcome.get()
         except TtaError as error:
             self._stats.came(group, error.code)
-            self._send(socket, session, session.refuse(arrived, error))
+            log.warning("a sample is not stored: %s", error)
+            self._refuse(socket, session, arrived, error)
             return
         self._stats.came(group, found, arrived.nbytes if found == "stored" else 0)
         stored = found in ("stored", "duplicate")
@@ -380,8 +420,9 @@ class CloudServer:
         return refusals(logits, np.zeros((0, logits.shape[1]), np.float32), self._config.intake)[0]
 
     def _fetch(self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived) -> None:
-        patch = self._for(self._edge(arrived.user))
-        if patch is None:
+        edge = self._edge(arrived.user)
+        patch = self._for(edge)
+        if patch is None or _order(patch) <= (edge.epoch, edge.seq):
             self._send(socket, session, session.answer(arrived, Noted(id=arrived.message.id)))
             return
         self._stats.handed_out()
@@ -398,13 +439,29 @@ class CloudServer:
         self._seen(
             edge, epoch, seq, message.theta_digest, f"{message.state} {message.seq} {message.reason}".strip()
         )
+        self._follow(edge, message.epoch, message.seq, message.state, message.reason)
+
+    def _follow(self, edge: Edge, epoch: int, seq: int, state: str, reason: str) -> None:
+        """What an edge says of a patch moves its rollout on."""
         rollout = self._rollouts.get(edge.group)
-        if rollout is not None and rollout.seq == message.seq and message.reason != "newer":
-            after = progress(
-                rollout, edge.key, message.state, message.reason, time.monotonic(), self._config.rollout,
-                offered=len(self._online().get(edge.group, ())),
-            )  # fmt: skip
+        if rollout is None or _order(self._newest[edge.group]) != (epoch, seq) or reason in NO_VERDICT:
+            return
+        after = progress(
+            rollout, edge.key, state, reason, time.monotonic(), self._config.rollout,
+            offered=len(self._online().get(edge.group, ())),
+        )  # fmt: skip
+        if after != rollout:
             self._advance(edge.group, after)
+
+    def _compare(self, edge: Edge, hello: Hello) -> None:
+        """An edge that comes back may have committed what it could not report, or know more than the ledger."""
+        self._follow(edge, hello.epoch, hello.seq, "committed", "")
+        if hello.epoch == self._identity.root.epoch and hello.seq > self._promises.number(edge.group):
+            log.warning(
+                "edge %s serves patch %d.%d, group %s has come to %d: the store is an older copy. It gets no patch "
+                "until then; `tta-cloud keys rotate` lets numbers begin anew",
+                self._name(edge.key), hello.epoch, hello.seq, edge.group, self._promises.number(edge.group),
+            )  # fmt: skip
 
     def _get_root(
         self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: GetRoot
@@ -441,6 +498,7 @@ class CloudServer:
             self._send(socket, session, session.refuse(arrived, error))
             return
         self._edges[edge.key] = edge
+        self._promises.keep(self._edges.values())
         log.info("edge `%s` is enrolled in group `%s`", edge.name, edge.group)
         sealed = _bytes(seals.encode(self._identity.roots[-1][1]))
         reply = Enrolled(id=message.id, group=edge.group, endpoint=self.endpoint, sealed=declare(sealed))
@@ -455,6 +513,7 @@ class CloudServer:
     def _begin(self, published: Published) -> None:
         group, patch = published.group, published.patch
         online = self._online().get(group, ())
+        self._promises.give(group, *_named(patch))
         rollout = begin(patch.entry.seq, online, time.monotonic(), self._config.rollout)
         before = self._rollouts.get(group)
         self._newest_before(group, before)
@@ -474,13 +533,46 @@ class CloudServer:
         entry = patch.entry
         state = {Stage.CANARY: "canary", Stage.GROUP: "published", Stage.STOPPED: "stopped"}[rollout.stage]
         fresh = before is None or before.seq != rollout.seq
-        if fresh or (before is not None and before.stage is not rollout.stage):
+        moved = fresh and entry.state != state  # one that goes on after a restart may stand where it stood
+        if moved or (before is not None and before.stage is not rollout.stage):
             self._stats.moved(group, state)
             why = "; ".join(f"{self._name(edge)}: {reason}" for edge, reason in rollout.bad.items())[:200]
-            self._store.submit(ledger.move(group, entry.epoch, entry.seq, state, why), self._moved)  # type: ignore[arg-type]
+            self._note(ledger.move(group, entry.epoch, entry.seq, state, why))  # type: ignore[arg-type]
             if rollout.stage is Stage.STOPPED:
                 log.warning("group %s: patch %d is stopped: %s", group, entry.seq, why)
             self._push_head(group)
+
+    def _resume(self) -> None:
+        """Take up the rollouts that the end of the last service has broken off."""
+        for group in sorted({edge.group for edge in self._edges.values()}):
+            try:
+                patch = self._store.read(lambda db, group=group: ledger.last(db, group))  # type: ignore[misc]
+            except CloudError as error:
+                log.warning("group %s: a rollout is not taken up: %s", group, error)
+                continue
+            if patch is None or patch.entry.epoch != self._identity.root.epoch:
+                continue
+            known = [e for e in self._edges.values() if e.group == group and e.state == "active"]
+            said = {edge.key: state for edge in known if (state := _said(edge, patch))}
+            self._told_of.update(dict.fromkeys(said, patch))
+            if patch.entry.state not in ("built", "canary"):
+                continue
+            now_s, seq = time.monotonic(), patch.entry.seq
+            rollout = begin(seq, [edge.key for edge in known], now_s, self._config.rollout)
+            if rollout.stage is Stage.CANARY:
+                rollout = replace(rollout, canaries=rollout.canaries | said.keys())
+            for key, state in sorted(said.items()):
+                rollout = progress(rollout, key, state, "", now_s, self._config.rollout)
+            self._newest[group] = patch
+            log.info("group %s: patch %d goes on, %s", group, seq, rollout.stage.value)
+            self._advance(group, rollout)
+
+    def _note(self, operation: Operation[Any]) -> None:
+        """Hand in a change that nobody waits for."""
+        try:
+            self._store.submit(operation, self._moved)
+        except CloudError as error:
+            log.warning("the store does not follow: %s", error)
 
     def _moved(self, outcome: Outcome[Any]) -> None:
         try:
@@ -497,26 +589,50 @@ class CloudServer:
 
     def _push_head(self, group: str, *, only: str = "") -> None:
         """Tell edges what is the newest patch for them; canaries may have a newer one than the others."""
-        by_patch: dict[int, tuple[Patch | None, list[str]]] = {}
+        by_patch: dict[tuple[int, str], list[str]] = {}
         for user in [only] if only else self._online().get(group, []):
-            patch = self._for(self._edges[user])
-            seq = 0 if patch is None else patch.entry.seq
-            by_patch.setdefault(seq, (patch, []))[1].append(user)
+            by_patch.setdefault(self._newest_for(self._edges[user]), []).append(user)
         epoch = self._identity.root.epoch
-        for seq, (patch, users) in by_patch.items():
-            current = patch is not None and patch.entry.epoch == epoch
+        issued_s = self._date()
+        for (seq, newest), users in by_patch.items():
             head = make_head(
                 [self._identity.publisher],
                 channel=group,
                 epoch=epoch,
-                seq=seq if current else 0,
-                newest=body_sha256(sealed_of(patch)) if patch is not None and current else "",
-                issued_s=int(self._clock_s()),
+                seq=seq,
+                newest=newest,
+                issued_s=issued_s,
             )
             sealed = _bytes(seals.encode(head))
             message = HeadMessage(sealed=declare(sealed))
             self._stats.told(len(users))
             self._send(self._router, self._session, self._session.push(users, message, {"sealed": sealed}))
+
+    def _newest_for(self, edge: Edge) -> tuple[int, str]:
+        """Number and body that a head names for an edge. It never goes back: that would be refused as a replay."""
+        patch, before = self._for(edge), self._told_of.get(edge.key)
+        if before is not None and (patch is None or _order(patch) < _order(before)):
+            patch = before  # its rollout was stopped
+        elif patch is not None:
+            self._told_of[edge.key] = patch
+        current = patch is not None and patch.entry.epoch == self._identity.root.epoch
+        return max(
+            _named(patch) if patch is not None and current else (0, ""), self._lost.get(edge.group, (0, ""))
+        )
+
+    def _date(self) -> int:
+        """The date of a head: it never goes back, whatever the clock does."""
+        now_s = self._clock_s()
+        issued_s = self._promises.date(now_s)
+        behind = issued_s - now_s > HEAD_LIFE_S
+        if behind and not self._behind:
+            log.warning(
+                "the clock says %d, heads were signed up to %d: they keep that date, and edges whose clocks are ahead "
+                "of it refuse them. Set the clock; if it was ahead, `tta-cloud keys rotate` lets dates begin anew",
+                now_s, issued_s,
+            )  # fmt: skip
+        self._behind = behind
+        return issued_s
 
     # ------------------------------------------------------------------------------------------ edges
 
@@ -534,9 +650,8 @@ class CloudServer:
                         edges.admit(note.hash, note.name, note.group, expires_ms=note.expires_ms)
                     )
                 elif isinstance(note, control.ShutOut):
+                    self._shut_out(note.key)
                     self._store.call(edges.revoke(note.key))
-                    for gone in self._session.revoke(note.key):
-                        log.warning("edge %s is shut out", self._name(gone.user))
                 elif isinstance(note, control.Pin):
                     answer = self._pin(note)
                 elif isinstance(note, control.Unpin):
@@ -546,11 +661,23 @@ class CloudServer:
                     self._going_back.add(path)
                     self._school.roll_back(note, partial(self._rolled_back, path))
                     continue
+            except StoreError as error:
+                log.warning("a command waits: %s", error)
+                return
             except TtaError as error:
                 log.warning("a command is not carried out: %s", error)
                 answer = control.refusal(error)
             self._done(path, answer)
             self._refresh()
+
+    def _shut_out(self, key: str) -> None:
+        """At once, also where the disk does not take it."""
+        edge = self._edges.get(key)
+        if edge is not None:
+            self._edges[key] = msgspec.structs.replace(edge, state="revoked")
+            self._promises.keep(self._edges.values())
+        for gone in self._session.revoke(key):
+            log.warning("edge %s is shut out", self._name(gone.user))
 
     def _done(self, path: Path, answer: control.Answer) -> None:
         path.unlink(missing_ok=True)
@@ -586,7 +713,7 @@ class CloudServer:
 
     def _allow(self, domain: str, key: str) -> str:
         if domain == DOOR:
-            self._take_notes()
+            self._guarded(self._take_notes)
             return ""  # a token decides
         found = self._edges.get(key)
         if found is None:
@@ -615,7 +742,7 @@ class CloudServer:
         self._edges[edge.key] = msgspec.structs.replace(
             edge, epoch=epoch, seq=seq, progress=what or edge.progress
         )
-        self._store.submit(
+        self._note(
             edges.report(
                 edge.key,
                 epoch=epoch,
@@ -623,28 +750,52 @@ class CloudServer:
                 theta_digest=digest,
                 progress=what or edge.progress,
                 now_ms=self._now_ms(),
-            ),
-            self._moved,
+            )
         )
 
     def _refresh(self) -> None:
         self._edges = {edge.key: edge for edge in self._store.read(edges.listed)}
+        self._promises.keep(self._edges.values())
 
     # ------------------------------------------------------------------------------------------ inside
 
     def _load(self) -> None:
         """What was durable when the service ended."""
+        if self._promises.damaged:
+            log.error("%s; what the store says counts", self._promises.damaged)
+        self._readmit()
         self._refresh()
         for group in {edge.group for edge in self._edges.values()}:
             self._recall(group)
 
     def _recall(self, group: str) -> None:
-        patch = self._store.read(lambda db: ledger.newest(db, group))
+        try:
+            patch = self._store.read(lambda db: ledger.newest(db, group))
+            last = self._store.read(lambda db: ledger.last(db, group))
+        except DamagedRecord as error:
+            log.error("group %s: its next patch takes the place of a damaged one: %s", group, error)
+            patch = last = None
         if patch is not None:
             self._served[group] = patch
+        if last is not None and last.entry.epoch == self._identity.root.epoch:
+            self._promises.give(group, *_named(last))
+        named = self._promises.newest(group)
+        if last is None or _named(last) < named:
+            self._lost[group] = named
+
+    def _readmit(self) -> None:
+        """Edges that a damaged store has lost need not enrol again."""
+        try:
+            count = self._store.call(edges.readmit(self._promises.edges))
+        except StoreError as error:  # a full disk: it is tried again at the next start
+            log.warning("edges are not registered anew: %s", error)
+            return
+        if count:
+            log.warning("%d edges that the store has lost are registered anew", count)
 
     def _told(self, event: StoreEvent) -> None:
         log.error("store: %s (%s): %s", event.action, event.reason, event.detail)
+        self._later(self._readmit)
 
     def _later(self, call: Callable[[], None]) -> None:
         """Have the network thread do something; for any thread."""
@@ -687,6 +838,35 @@ class CloudServer:
 
 def _answer_of(entry: Entry) -> control.Answer:
     return control.Answer(entry.epoch, entry.seq, entry.state)
+
+
+def _for_later(error: TtaError) -> TtaError:
+    """What the store cannot do now is no fault of the request: the edge keeps its sample and asks again."""
+    if not isinstance(error, StoreError) or isinstance(error, StoreBusy):
+        return error
+    busy = Busy(f"{error.code}: {error.cause}", error.fix)
+    busy.retry_after_s = STORE_RETRY_S
+    return busy
+
+
+def _named(patch: Patch) -> tuple[int, str]:
+    """Number and sha256 of the body, as a head has them."""
+    return patch.entry.seq, body_sha256(sealed_of(patch))
+
+
+def _order(patch: Patch) -> tuple[int, int]:
+    return patch.entry.epoch, patch.entry.seq
+
+
+def _said(edge: Edge, patch: Patch) -> str:
+    """The state in which an edge last reported a patch; "" for none."""
+    if (edge.epoch, edge.seq) == _order(patch):
+        return "committed"
+    state, _, rest = edge.progress.partition(" ")
+    seq, _, why = rest.partition(" ")
+    if seq != str(patch.entry.seq):
+        return ""
+    return "staged" if why in NO_VERDICT else state
 
 
 def _bytes(data: bytes) -> np.ndarray:

@@ -241,6 +241,10 @@ class CloudSession:
         self._bytes += arrived.nbytes
         return [*events, arrived], []
 
+    def waits(self, arrived: Arrived) -> bool:
+        """Whether a request has not been answered yet."""
+        return arrived in self._work
+
     def answer(self, arrived: Arrived, reply: FromCloud, tensors: Tensors | None = None) -> list[Frames]:
         """Close a request with its answer.
 

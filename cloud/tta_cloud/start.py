@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,8 +22,12 @@ from tta_runtime.errors import BadValue
 from tta_runtime.model import Model
 
 
-def start(config: Config) -> CloudServer:
+def start(config: Config, *, clock_s: Callable[[], float] = time.time) -> CloudServer:
     """A service that is ready to `run`.
+
+    Args:
+        config: of the service.
+        clock_s: seconds since 1970.
 
     Raises:
         BadValue: the configuration names no student or no teacher, or a hold-out that cannot be read.
@@ -40,7 +46,7 @@ def start(config: Config) -> CloudServer:
     weights = None if config.teacher_weights is None else Path(config.teacher_weights)
     teacher = open_teacher(config.teacher, student, store / "teachers", weights=weights, options=options)
     check_fit(Model(student, METHOD), Model(teacher, METHOD))
-    server = CloudServer(config, identity, student, teacher, labelled=_labelled(config))
+    server = CloudServer(config, identity, student, teacher, clock_s=clock_s, labelled=_labelled(config))
     named = Path(config.teacher)
     remember(
         store,

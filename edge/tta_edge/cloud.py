@@ -23,6 +23,7 @@ from tta_edge import uplink
 from tta_edge.base import Base
 from tta_edge.enrol import Enrolment
 from tta_edge.errors import SpoolError
+from tta_edge.events import Reason
 from tta_edge.spool import Spool
 from tta_edge.spool_file import Sample
 from tta_edge.teaching import Mode, Progress
@@ -45,6 +46,10 @@ STALE_S = 600.0
 """Without a good head for so long the cloud is called stale, whatever the clock says."""
 HWM = 64
 LONGEST_WAIT_S = 1.0
+HANDSHAKE_MS = 4000
+"""Until an encryption that does not come about is tried anew."""
+PATCH_OVERHEAD_BYTES = 32 << 10
+"""What a patch's message may have beside its theta."""
 
 Offer = Callable[[int, int, Vector, Callable[[Progress], None]], None]
 
@@ -61,6 +66,7 @@ class CloudLink:
         spool: where samples wait; closed with the link.
         max_distance: radius of the ball around the source.
         options: of the protocol.
+        wall_s: seconds since 1970, for what is signed with a date; all else is timed by a clock that nobody sets.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class CloudLink:
         *,
         max_distance: float,
         options: UplinkOptions | None = None,
+        wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._enrolment = enrolment
         self._bundle = bundle
@@ -83,6 +90,7 @@ class CloudLink:
         self._spool = spool
         self._done: list[str] = []
         self._max_distance = max_distance
+        self._wall_s = wall_s
         self._head: Head | None = None
         self._head_at_s = time.monotonic()
         self._problem = "not connected yet"
@@ -99,6 +107,8 @@ class CloudLink:
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         now_s = time.monotonic()
+        # As long as is thought possible for a patch of this bundle, and no longer: a dead line is noticed after that.
+        options = options or UplinkOptions(patch_bytes=4 * bundle.manifest.theta.size + PATCH_OVERHEAD_BYTES)
         self._uplink = Uplink(self._hello(), random.random, options, now_s=now_s)
         self._uplink.have(*base().seen)
         self._uplink.have_root(enrolment.root.version)
@@ -253,9 +263,14 @@ class CloudLink:
                 self._disconnect()
                 log.warning("the cloud is not there (%s): %s", event.code, event.cause)
             elif isinstance(event, uplink.Acknowledged):
+                self._problem = ""
                 self._done.append(event.key)
                 self._sent += 1
                 self._refused += not event.stored
+            elif isinstance(event, uplink.Held):
+                if not self._problem:
+                    log.warning("the cloud takes no samples now, they wait: %s", event.cause)
+                self._problem = f"{event.code}: {event.cause}"
             elif isinstance(event, uplink.HeadCame):
                 self._checked(lambda sealed=event.sealed: self._take_head(sealed))  # type: ignore[misc]
             elif isinstance(event, uplink.PatchCame):
@@ -280,7 +295,7 @@ class CloudLink:
             log.warning("the link to the cloud: %s", error)
 
     def _take_head(self, sealed: bytes) -> None:
-        self._head = verify_head(seals.decode(sealed), self._trust(), self._head, now_s=time.time())
+        self._head = verify_head(seals.decode(sealed), self._trust(), self._head, now_s=self._wall_s())
         self._head_at_s = time.monotonic()
         self._uplink.newest(self._head.epoch, self._head.seq)
 
@@ -299,7 +314,7 @@ class CloudLink:
         self._offer(body.epoch, body.seq, found.theta, self._report_later)
 
     def _take_root(self, data: bytes) -> None:
-        self._enrolment = self._enrolment.follow(seals.decode(data), time.time())
+        self._enrolment = self._enrolment.follow(seals.decode(data), self._wall_s())
         self._uplink.have_root(self._enrolment.root.version)
         if self._head is not None and self._head.epoch != self._enrolment.root.epoch:
             self._head = None
@@ -311,6 +326,10 @@ class CloudLink:
         self._wake()
 
     def _report(self, progress: Progress) -> None:
+        if (
+            progress.reason == Reason.DISK_ERROR.value
+        ):  # no fault of the patch: it is taken when there is room
+            self._uplink.lack(progress.epoch, progress.seq, held=self._base().seen)
         self._uplink.report(
             progress.epoch, progress.seq, progress.state, theta_digest=progress.theta_digest,
             reason=progress.reason, detail=progress.detail,
@@ -327,7 +346,7 @@ class CloudLink:
         socket.setsockopt(zmq.RCVHWM, HWM)
         socket.setsockopt(zmq.MAXMSGSIZE, 17 << 20)
         socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # when to connect again is the protocol's to say
         socket.setsockopt(zmq.CURVE_SERVERKEY, self._enrolment.link.server_key.encode())
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self._enrolment.public)

@@ -17,6 +17,7 @@ from rich.text import Text
 from tta_edge.events import Reason
 from tta_edge.wire import CloudInfo, EventEntry, Requests, StatusReply, StreamStatus
 from tta_runtime import errors
+from tta_runtime.link import BUSY
 
 STATE_STYLES = {"adapting": "green", "frozen": "bold red", "source": "dim", "off": "yellow"}
 ACTION_STYLES = {
@@ -94,7 +95,12 @@ def _findings_of(stream: StreamStatus, selector: str, *, switch: bool) -> Iterab
 
 
 def _findings_of_cloud(cloud: CloudInfo) -> Iterable[Finding]:
-    if cloud.problem:
+    if cloud.phase == "online" and cloud.problem.startswith(f"{BUSY}: "):
+        yield Finding(
+            f"the cloud takes no samples now ({cloud.problem}); they wait here",
+            "Look at the cloud's log and at the room on its disk",
+        )
+    elif cloud.problem:
         yield Finding(
             f"no link to the cloud ({cloud.problem}); what was taught goes on serving",
             "Look whether tta-cloud serve runs and is reachable, and tta-cloud keys list shows this edge as active",
@@ -102,7 +108,8 @@ def _findings_of_cloud(cloud: CloudInfo) -> Iterable[Finding]:
     elif cloud.stale:
         yield Finding(
             "the cloud has told of no patch for ten minutes, though the link is up",
-            "Somebody may hold its messages back: look at its log, and at what stands between",
+            "Somebody may hold its messages back, or a clock is ahead: look at the log, at what stands between and at "
+            "the time on both machines",
         )
 
 

@@ -112,7 +112,7 @@ class UplinkOptions:
         patch_bytes: what a patch may have, for the same.
         connect_s: for a connection and its encryption to come about.
         wait_s: before the second attempt to connect; doubled for each further one, and shortened at random.
-        max_wait_s: the longest such wait.
+        max_wait_s: the longest such wait; with `connect_s` it bounds how late a line that has healed is noticed.
         refetch_s: before a patch or a root is asked for again that was not to be had, or was not adopted.
         max_reports: reports that wait; beyond it the oldest is dropped.
 
@@ -129,9 +129,9 @@ class UplinkOptions:
     liveness: int = 3
     slow_bytes_per_s: float = 16 * 1024
     patch_bytes: int = 1 << 20
-    connect_s: float = 10.0
+    connect_s: float = 5.0
     wait_s: float = 1.0
-    max_wait_s: float = 32.0
+    max_wait_s: float = 4.0
     refetch_s: float = 10.0
     max_reports: int = 32
 
@@ -207,6 +207,15 @@ class Acknowledged:
 
 
 @dataclass(frozen=True)
+class Held:
+    """The cloud can take no sample now; all wait for `wait_s`."""
+
+    code: str
+    cause: str
+    wait_s: float
+
+
+@dataclass(frozen=True)
 class GivenUp:
     """A request was refused too often and is not repeated; `key` where it was a sample."""
 
@@ -245,7 +254,7 @@ class Garbled:
     error: WireError
 
 
-Event = Connect | Online | Lost | Acknowledged | GivenUp | HeadCame | PatchCame | RootCame | Garbled
+Event = Connect | Online | Lost | Acknowledged | Held | GivenUp | HeadCame | PatchCame | RootCame | Garbled
 
 _ANSWERS: Mapping[type[Any], tuple[type[Any], ...]] = {
     Hello: (Welcome,),
@@ -377,6 +386,12 @@ class Uplink:
         """Nothing up to this patch is to be fetched: the edge holds it, or has refused it for good."""
         self._have = max(self._have, (epoch, seq))
 
+    def lack(self, epoch: int, seq: int, *, held: tuple[int, int]) -> None:
+        """A patch that came could not be kept: it is fetched again, where it is still the newest."""
+        if self._have == (epoch, seq):
+            self._have = held
+            self._work = True
+
     def newest_root(self, version: int) -> None:
         """There is a root of this version."""
         self._newest_root = max(self._newest_root, version)
@@ -449,6 +464,11 @@ class Uplink:
             events = self._take(received.message, received.tensors, now_s)
         except WireError as error:
             events = [Garbled(error)]
+        if any(isinstance(event, PatchCame) for event in events):
+            self._work = (
+                True  # only when the edge has said what it makes of it is it known what to fetch next
+            )
+            return events, []
         more, sends = self.tick(now_s)
         return events + more, sends
 
@@ -698,7 +718,7 @@ class Uplink:
             request.under_way = False
         if refusal.code == BUSY:
             self._pause_s = max(self._pause_s, now_s + wait_s)
-            return []
+            return [Held(refusal.code, refusal.cause, wait_s)]
         request.refusals += 1
         if request.refusals < self.options.attempts:
             return []

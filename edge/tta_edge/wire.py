@@ -257,7 +257,7 @@ class CloudInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`online`, or how far it is."""
     group: str
     problem: str
-    """Why there is no link; empty where there is one."""
+    """Why there is no link or, while it is online, why no sample is taken; empty where all is well."""
     stale: bool
     """Whether no good head has come for ten minutes."""
     head: str
