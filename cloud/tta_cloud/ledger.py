@@ -14,7 +14,7 @@ from tta_cloud.operations import Operation
 from tta_cloud.records import Entry, Patch, PatchState, checked, restored, seal
 
 TRANSITIONS: Mapping[PatchState, frozenset[PatchState]] = {
-    "built": frozenset({"canary", "published", "refused"}),
+    "built": frozenset({"canary", "published", "refused", "rolled-back"}),
     "refused": frozenset(),
     "canary": frozenset({"published", "stopped", "rolled-back"}),
     "published": frozenset({"pinned", "stopped", "rolled-back"}),
