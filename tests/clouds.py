@@ -501,3 +501,4 @@ def look(see: Callable[[], Any], good: Callable[[Any], bool] = bool) -> Any:
 
 if __name__ == "__main__":
     run_program()
+    os._exit(0)  # taking down the imports would take seconds
