@@ -97,7 +97,7 @@ def _die_at(point: str, nth: int) -> None:
     """Let the service of this process end by SIGKILL when it comes to a point for the n-th time."""
     import functools
 
-    import tta_cloud.school
+    import tta_cloud.publishing
     import tta_cloud.service
     import tta_cloud.start
 
@@ -124,13 +124,13 @@ def _die_at(point: str, nth: int) -> None:
             super()._begin(published)
             pushed.set()
 
-    make_patch = tta_cloud.school.make_patch
+    make_patch = tta_cloud.publishing.make_patch
 
     def made(*arguments: Any, **named: Any) -> Any:
         reach("before-ledger")
         return make_patch(*arguments, **named)
 
-    tta_cloud.school.make_patch = made
+    tta_cloud.publishing.make_patch = made
     tta_cloud.service.Store = functools.partial(tta_cloud.service.Store, fail_point=commit)  # type: ignore[misc, assignment]
     tta_cloud.start.CloudServer = Dying  # type: ignore[misc]
 
