@@ -118,12 +118,13 @@ def test_a_rollback_is_a_new_number_and_ends_what_came_after(hold: bool, tmp_pat
         for seq in (1, 2, 3):
             kept.call(ledger.append(patch(seq)))
         kept.call(ledger.append(patch(4, state="canary")))
-        assert kept.call(back(5, 2, hold=hold)) == 1
+        kept.call(ledger.append(patch(5, state="built")))
+        assert kept.call(back(6, 2, hold=hold)) == 1
         end = "pinned" if hold else "published"
         assert states(kept) == [
-            (1, "published"), (2, "published"), (3, "rolled-back"), (4, "rolled-back"), (5, end),
+            (1, "published"), (2, "published"), (3, "rolled-back"), (4, "rolled-back"), (5, "rolled-back"), (6, end),
         ]  # fmt: skip
-        assert kept.read(lambda db: ledger.newest(db, "g")).entry.seq == 5  # type: ignore[union-attr]
+        assert kept.read(lambda db: ledger.newest(db, "g")).entry.seq == 6  # type: ignore[union-attr]
         learner = kept.read(lambda db: learners.load(db, "g"))
         assert learner is not None
         assert (learner.generation, learner.snapshot) == (1, b"learner")
