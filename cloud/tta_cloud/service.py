@@ -512,12 +512,8 @@ class CloudServer:
 
     def _begin(self, published: Published) -> None:
         group, patch = published.group, published.patch
-        entry = patch.entry
-        if (
-            self._store.read(lambda db: ledger.entry_of(db, group, entry.epoch, entry.seq)).state
-            != entry.state
-        ):
-            return  # it was taken back before anybody was told
+        if self._was_taken_back(patch.entry):
+            return  # before anybody was told
         online = self._online().get(group, ())
         self._promises.give(group, *_named(patch))
         rollout = begin(patch.entry.seq, online, time.monotonic(), self._config.rollout)
