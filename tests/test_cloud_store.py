@@ -625,7 +625,7 @@ def test_what_a_newer_version_wrote_is_left_alone(root):
 @pytest.mark.parametrize(
     "spoil",
     [
-        "UPDATE meta SET value = 2 WHERE name = 'version'",
+        "UPDATE meta SET value = 9 WHERE name = 'version'",
         "UPDATE meta SET value = 0 WHERE name = 'version'",
         "DELETE FROM meta",
         "DROP TABLE meta",

@@ -512,6 +512,8 @@ class CloudServer:
 
     def _begin(self, published: Published) -> None:
         group, patch = published.group, published.patch
+        if self._was_taken_back(patch.entry):
+            return  # before anybody was told
         online = self._online().get(group, ())
         self._promises.give(group, *_named(patch))
         rollout = begin(patch.entry.seq, online, time.monotonic(), self._config.rollout)
@@ -520,6 +522,14 @@ class CloudServer:
         self._newest[group] = patch
         log.info("group %s: patch %d, %s", group, patch.entry.seq, rollout.stage.value)
         self._advance(group, rollout)
+
+    def _was_taken_back(self, entry: Entry) -> bool:
+        try:
+            now = self._store.read(lambda db: ledger.entry_of(db, entry.group, entry.epoch, entry.seq))
+        except CloudError as error:
+            log.warning("the ledger cannot be read: %s", error)
+            return False
+        return now.state == "rolled-back"
 
     def _newest_before(self, group: str, before: Rollout | None) -> None:
         """What the group has while the new one is with canaries."""

@@ -121,8 +121,7 @@ def roll_back(
         if held is not None and held not in later:
             ledger.move(entry.group, held.epoch, held.seq, "published", why).run(db)
         for each in later:
-            if "rolled-back" in ledger.TRANSITIONS[each.state]:
-                ledger.move(entry.group, each.epoch, each.seq, "rolled-back", why).run(db)
+            ledger.move(entry.group, each.epoch, each.seq, "rolled-back", why).run(db)
         appended.run(db)
         if hold:
             ledger.move(entry.group, entry.epoch, entry.seq, "pinned", entry.reason).run(db)
