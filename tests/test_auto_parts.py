@@ -291,11 +291,17 @@ def test_proportions_sum_to_1_and_none_is_0(logits: list[list[float]]) -> None:
     assert log_posterior(p, pi) >= log_posterior(p, even) - 1e-9
 
 
+def answered_by(prior: Prior, logits: Logits, usual: NDArray[np.bool_]) -> Logits:
+    """What a batch is answered that is observed first."""
+    prior.observe(logits, usual)
+    return prior.correct(logits)
+
+
 def play(prior: Prior, classes: NDArray[np.int64], size: int = 16) -> Iterator[tuple[Logits, Logits]]:
     """Given and answered logits of each batch."""
     for i in range(0, len(classes), size):
         logits = one_hot(classes[i : i + size])
-        yield logits, prior.apply(logits, np.ones(len(logits), dtype=np.bool_))
+        yield logits, answered_by(prior, logits, np.ones(len(logits), dtype=np.bool_))
 
 
 def shuffled(seed: int, n: int, classes: int = 10) -> NDArray[np.int64]:
@@ -345,7 +351,7 @@ def test_where_labels_come_in_runs_the_present_class_is_favoured_by_its_proporti
     for _ in play(prior, np.full(RECENT, 3)):
         pass
     doubtful = np.zeros((1, 10), np.float32)
-    answered = prior.apply(doubtful, np.zeros(1, dtype=np.bool_))
+    answered = answered_by(prior, doubtful, np.zeros(1, dtype=np.bool_))
     assert answered.dtype == np.float32
     pi = expectation_maximisation(np.asarray(softmax(one_hot([3] * RECENT).astype(np.float64))))
     np.testing.assert_allclose(answered[0], np.log(10 * pi), rtol=1e-5)
@@ -357,8 +363,8 @@ def test_samples_that_are_not_usual_say_nothing_of_the_others() -> None:
     one, other = correlated(), correlated()
     logits = one_hot([4] * 8 + [7] * 8)
     usual = np.arange(16) < 8
-    mixed = one.apply(logits, usual)
-    alone = other.apply(logits[:8], usual[:8])
+    mixed = answered_by(one, logits, usual)
+    alone = answered_by(other, logits[:8], usual[:8])
     np.testing.assert_array_equal(mixed[:8], alone)
     assert one.evidence == other.evidence
 
@@ -367,7 +373,7 @@ def test_an_attacker_of_unusual_samples_turns_nothing_on() -> None:
     prior = Prior(10)
     for given_, _ in play(prior, shuffled(0, 1024)):
         flood = np.concatenate([given_, one_hot([5] * 64)])
-        prior.apply(flood, np.zeros(len(flood), dtype=np.bool_))
+        answered_by(prior, flood, np.zeros(len(flood), dtype=np.bool_))
     assert not prior.correlated
     assert prior.evidence < ON
 
@@ -378,10 +384,23 @@ def test_another_world_says_nothing_of_the_present_classes_but_what_was_noticed_
     prior.forget()
     assert (prior.correlated, prior.evidence) == (True, evidence)
     logits = one_hot([1, 2])
-    assert prior.apply(logits, np.zeros(2, dtype=np.bool_)) is logits
-    answered = prior.apply(logits, np.ones(2, dtype=np.bool_))
+    assert answered_by(prior, logits, np.zeros(2, dtype=np.bool_)) is logits
+    answered = answered_by(prior, logits, np.ones(2, dtype=np.bool_))
     assert answered[0, 1] > logits[0, 1], "of the two that have come since"
     assert answered[0, 3] < logits[0, 3]
+
+
+def test_what_another_model_predicts_is_compared_with_nothing_before() -> None:
+    """A step out of a collapse: all were taken for one class, then for many. Labels have not come in runs."""
+    told = np.concatenate([np.full(128, 1), shuffled(0, 512)])
+    for anew in (True, False):
+        prior = Prior(10)
+        for place, _ in enumerate(play(prior, told, 64)):
+            if anew and place == 1:
+                prior.compare_anew()
+            if prior.correlated:
+                break
+        assert prior.correlated is not anew
 
 
 # --- gallery --------------------------------------------------------------------------------------
@@ -409,6 +428,25 @@ def level(counts: Counter[int], capacity: int) -> int:
 
 
 batches = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=12), max_size=12)
+
+
+def test_where_labels_come_in_runs_samples_share_the_window_by_the_classes_of_their_time() -> None:
+    """What the serving graph takes for many classes is of one, if its neighbours are: it must not fill the window."""
+    gallery, present = Gallery(16), np.full(10, -10.0, np.float32)
+    put(gallery, [0, 1, 2, 3] * 4)
+    present[7] = 10.0
+    put(gallery, [*range(4, 10)] * 4, 16, favour=present)
+    assert Counter(predicted(gallery))[3] >= 3, "none of those it had has been crowded out"
+    held = gallery.contents()
+    late = (held.x[:, 0] >= 16).tolist()
+    assert sum(late) in (3, 4), "they are of one class"
+    np.testing.assert_array_equal(held.logits[late].argmax(1) >= 4, True)  # and look as they look
+    again = held.logits.copy()
+    again[late] = one_hot([0] * sum(late))
+    gallery.relabel(held.keys, again, again)
+    put(gallery, [6] * 4, 60, favour=present)
+    kept = gallery.contents().x[:, 0]
+    assert (kept < 16).sum() == 16 - sum(late), "a step says what samples look like, not when they came"
 
 
 @settings(deadline=None, max_examples=150)

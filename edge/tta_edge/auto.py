@@ -32,6 +32,7 @@ LEAST = 8  # samples that are like the others; of fewer there are no moments
 FAR = 3.5  # spreads from the median, beyond which a sample of the window is not like the others
 SPREAD = 0.05  # added to spreads: samples that are alike have none
 GAIN = 0.02  # nats of information that a step must add to what the source's predictions hold
+TURN = 0.5  # of theta's distance from the source, beyond which a step makes another model of it
 SHIFTED = 1.0  # squared spreads from the source, beyond which images are of another world
 LOSS = (
     0.1  # nats that a step may lose there: a source that is sure of what it does not know informs of nothing
@@ -106,6 +107,11 @@ def information(logits: NDArray[np.float32]) -> float:
     return float(-(mean * np.log(mean + 1e-300)).sum() - entropy(logits).mean())
 
 
+def turned(step: Step, theta0: Vector) -> bool:
+    """Whether a step has moved theta by much of what all steps together have moved it."""
+    return step.report.get("update_norm", 0.0) > TURN * float(np.linalg.norm(step.theta - theta0))
+
+
 class Auto:
     """The decisions for one stream. For one thread at a time.
 
@@ -132,7 +138,6 @@ class Auto:
         self._watch = Watch()
         self._last: Floats | None = None
         self._typical: Typical | None = None
-        self._usual = np.zeros(0, dtype=np.bool_)
         self._fresh = self._since = 0
         self._pause = CHUNK
         self.held = False
@@ -170,11 +175,10 @@ class Auto:
         """
         seen = sight(x, self._low, self._high)
         shows = self._shows(seen)
-        self._usual = shows if self._typical is None else shows & self._typical.holds(seen)
+        usual = shows if self._typical is None else shows & self._typical.holds(seen)
         if not shows.any():
             return Change.NONE
-        x, logits, seen = x[shows], logits[shows], seen[shows]
-        change = self._watch.observe(seen)
+        change = self._watch.observe(seen[shows])
         if change is Change.STRONG:
             self._shelf.clear(self.gallery)
             self.prior.forget()
@@ -182,25 +186,26 @@ class Auto:
             self._pause = CHUNK
         if change is not Change.NONE:
             self._since = 0
+        self.prior.observe(logits, usual)
+        x, logits, seen = x[shows], logits[shows], seen[shows]
         self._fresh += self._shelf.add(
             self.gallery,
             x,
             logits,
             seen,
             source=self._model.distance == 0,
+            favour=self.prior.favour,
             at_most=self._model.limits.max_bytes // max(1, x[0].nbytes),
         )
         return change
 
     def correct(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The answer to the samples last observed: where labels come in runs, with the present classes in favour.
+        """An answer: where labels come in runs, with the present classes in favour.
 
         Args:
             logits: [batch, C], of the serving graph.
         """
-        # After a rollback since then nothing is known of them.
-        fits = len(self._usual) == len(logits)
-        return self.prior.apply(logits, self._usual if fits else np.zeros(len(logits), dtype=np.bool_))
+        return self.prior.correct(logits)
 
     def _shows(self, seen: Floats) -> NDArray[np.bool_]:
         """[batch], which samples show a scene: not those without contrast, nor what is the same as one before it."""
@@ -264,6 +269,9 @@ class Auto:
         self._pause = min(2 * self._pause, OFTEN)
         if verdict is None:
             return
+        if verdict.held != self.held or turned(verdict.step, self._model.theta0):
+            # The model has changed, not the labels: a jump in its predictions is no run.
+            self.prior.compare_anew()
         self.report, self.held, self.gain = verdict.step.report, verdict.held, verdict.gain
         source = task.contents.source
         logits = source if verdict.held else verdict.step.logits

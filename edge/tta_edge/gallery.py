@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class _Entry:
         logits: [C], what it was last predicted as.
         source: [C], the frozen source's; None until they are known.
         sight: [S].
-        predicted: the class; kept, because every arrival counts those of the whole window.
+        favour: [C], added to what it is predicted as: where labels come in runs, the classes of its time.
     """
 
     key: int
@@ -33,7 +33,16 @@ class _Entry:
     logits: NDArray[np.float32]
     source: NDArray[np.float32] | None
     sight: Floats
-    predicted: int
+    favour: NDArray[np.float32]
+    predicted: int = field(init=False)
+    """The class; kept, because every arrival counts those of the whole window."""
+
+    def __post_init__(self) -> None:
+        self.name()
+
+    def name(self) -> None:
+        """Name its class."""
+        self.predicted = int((self.logits + self.favour).argmax())
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +97,7 @@ class Gallery:
         sights: Floats,
         *,
         source: bool = False,
+        favour: NDArray[np.float32] | None = None,
         at_most: int | None = None,
     ) -> int:
         """Take samples in; what the window holds already is left out.
@@ -97,6 +107,7 @@ class Gallery:
             logits: [batch, C].
             sights: [batch, S], from `tta_edge.sight.sight`.
             source: whether the logits are the frozen source's.
+            favour: [C], added to the logits of these samples now and later; None: nothing is.
             at_most: samples that there is memory for; None: the capacity.
 
         Returns:
@@ -107,17 +118,15 @@ class Gallery:
             self.clear()
         taken = 0
         known = {entry.sight.tobytes() for entry in self._entries}
+        favour = np.zeros(logits.shape[1], dtype=np.float32) if favour is None else favour
         for sample, own, seen in zip(x, logits, sights, strict=True):
             if capacity < 1 or seen.tobytes() in known:
                 continue
             known.add(seen.tobytes())
-            predicted = int(own.argmax())
-            while len(self) >= capacity:
-                self.nbytes -= self._entries.pop(self._crowded(predicted)).x.nbytes
             kept = own.copy()
-            entry = _Entry(
-                self._next, np.array(sample), kept, kept if source else None, seen.copy(), predicted
-            )
+            entry = _Entry(self._next, np.array(sample), kept, kept if source else None, seen.copy(), favour)
+            while len(self) >= capacity:
+                self.nbytes -= self._entries.pop(self._crowded(entry.predicted)).x.nbytes
             self._entries.append(entry)
             self._next += 1
             self.nbytes += sample.nbytes
@@ -147,7 +156,7 @@ class Gallery:
         for entry in self._entries:
             if entry.key in now:
                 entry.logits, entry.source = (each.copy() for each in now[entry.key])
-                entry.predicted = int(entry.logits.argmax())
+                entry.name()
 
     def _crowded(self, arriving: int) -> int:
         """The place of the sample that leaves."""
@@ -186,6 +195,7 @@ class Shelf:
         sights: Floats,
         *,
         source: bool,
+        favour: NDArray[np.float32] | None = None,
         at_most: int = sys.maxsize,
     ) -> int:
         """`Gallery.add` within the bound."""
@@ -193,7 +203,7 @@ class Shelf:
             self._galleries[id(gallery)] = gallery
             self._galleries.move_to_end(id(gallery))
             room = min(at_most, self._max_bytes // max(1, x[0].nbytes))
-            taken = gallery.add(x, logits, sights, source=source, at_most=room)
+            taken = gallery.add(x, logits, sights, source=source, favour=favour, at_most=room)
             while self._held() > self._max_bytes:
                 _, other = self._galleries.popitem(last=False)
                 other.clear()

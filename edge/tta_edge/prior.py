@@ -49,36 +49,48 @@ class Prior:
     Attributes:
         correlated: whether they do.
         evidence: departure of recent mean predictions from the long mean, in units of what chance gives; running mean.
+        favour: [C], to be added to logits: the log of the classes' present proportions over even ones; zeros where
+            labels do not come in runs.
     """
 
     def __init__(self, classes: int) -> None:
         self._classes = classes
         self.correlated = False
         self.evidence = 1.0
+        self._neutral = np.zeros(classes, dtype=np.float32)
         self.forget()
 
     def forget(self) -> None:
         """The images have changed: earlier predictions say nothing of later ones. What was noticed stays."""
+        self.compare_anew()
+        self._recent = np.zeros((0, self._classes))
+        self.favour = self._neutral
+
+    def compare_anew(self) -> None:
+        """Another model predicts: the long mean begins anew. The present classes stay in favour."""
         self._long = np.full(self._classes, 1.0 / self._classes)
         self._weight = 0.0
         self._open = np.zeros((0, self._classes))
-        self._recent = np.zeros((0, self._classes))
 
-    def apply(self, logits: NDArray[np.float32], usual: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """The logits, shifted by the log of the classes' proportions where labels come in runs.
+    def observe(self, logits: NDArray[np.float32], usual: NDArray[np.bool_]) -> None:
+        """Take what a batch was predicted as.
 
         Args:
-            logits: [batch, C], finite.
+            logits: [batch, C], finite, of the serving graph.
             usual: [batch], which samples tell of the others.
         """
         if usual.any():
             p = np.asarray(softmax(logits[usual].astype(np.float64)), dtype=np.float64)
             self._recent = np.concatenate([self._recent, p])[-max(RECENT, len(p)) :]
             self._judge(p)
-        if not self.correlated or not len(self._recent):
-            return logits
-        pi = expectation_maximisation(self._recent)
-        return (logits + np.log(pi * self._classes)).astype(np.float32)
+        self.favour = self._neutral
+        if self.correlated and len(self._recent):
+            pi = expectation_maximisation(self._recent)
+            self.favour = np.log(pi * self._classes).astype(np.float32)
+
+    def correct(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits [batch, C], with the present classes in favour where labels come in runs."""
+        return logits if self.favour is self._neutral else logits + self.favour
 
     def _judge(self, p: Floats) -> None:
         self._open = np.concatenate([self._open, p])
