@@ -71,6 +71,9 @@ def test_a_misspelt_variable_is_refused(tmp_path: Path) -> None:
         "[gate]\ntrim = 0.5",
         "[rollout]\ncanary_share = 1.5",
         "[intake]\nmax_share = -0.1",
+        "[intake]\nfairness = 0.0",
+        "[intake]\nmax_waiting = 0",
+        "[learner]\npublish_rate = 1.5",
         "threads = = 1",
     ],
 )

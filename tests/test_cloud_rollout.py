@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tta_cloud.rollout import Rollout, RolloutOptions, Stage, begin, progress, tick
+from tta_cloud.rollout import OPINIONS, Rollout, RolloutOptions, Stage, begin, progress, tick
 
 EXAMPLES = int(os.environ.get("TTA_EXAMPLES", "200"))
 many = settings(max_examples=EXAMPLES, deadline=None)
@@ -182,6 +182,66 @@ def test_an_operators_choice_comes_first() -> None:
     assert frozenset().union(*many_named) == set(edges[:9])
 
 
+# --- the word of one edge -----------------------------------------------------------------------------
+
+
+def test_one_lying_canary_stops_no_rollout_where_two_others_have_committed() -> None:
+    edges = names(10)
+    rollout = begin(4, edges, 0.0, OPTIONS)
+    (liar,) = rollout.canaries
+    rollout = progress(rollout, liar, "refused", "collapse", 1.0, OPTIONS, online=edges)
+    assert rollout.stage is Stage.CANARY
+    assert len(rollout.canaries) == OPINIONS
+    first, second = sorted(rollout.canaries - {liar})
+    rollout = progress(rollout, first, "committed", "", 2.0, OPTIONS, online=edges)
+    assert rollout.stage is Stage.CANARY, "one against one"
+    rollout = progress(rollout, second, "committed", "", 3.0, OPTIONS, online=edges)
+    assert rollout.stage is Stage.GROUP
+    assert rollout.bad == {liar: "collapse"}
+
+
+def test_a_second_canary_that_agrees_stops_it_before_the_group_has_it() -> None:
+    edges = names(10)
+    rollout = begin(4, edges, 0.0, OPTIONS)
+    for _ in range(2):
+        honest = min(rollout.canaries - rollout.bad.keys())
+        rollout = progress(rollout, honest, "rolled-back", "collapse", 1.0, OPTIONS, online=edges)
+    assert rollout.stage is Stage.STOPPED
+    assert len(rollout.canaries) <= OPINIONS
+
+
+def test_where_nobody_else_can_be_asked_one_word_stops_it() -> None:
+    rollout = begin(4, ["a", "b"], 0.0, OPTIONS)
+    (first,) = rollout.canaries
+    assert progress(rollout, first, "refused", "", 1.0, OPTIONS, online=[first]).stage is Stage.STOPPED
+
+
+def test_one_liar_of_ten_stops_nothing_that_the_group_has_and_two_do() -> None:
+    rollout = Rollout(1, Stage.GROUP, frozenset({"edge-001"}), 0.0, frozenset({"edge-001"}))
+    rollout = progress(rollout, "edge-005", "refused", "", 1.0, OPTIONS, offered=10, online=names(10))
+    assert rollout.stage is Stage.GROUP
+    assert progress(rollout, "edge-006", "refused", "", 1.0, OPTIONS, offered=10).stage is Stage.STOPPED
+
+
+def test_two_edges_do_not_get_a_patch_at_the_same_time() -> None:
+    rollout = begin(1, ["a", "b"], 0.0, OPTIONS)
+    assert len(rollout.canaries) == 1
+    assert committed(rollout, rollout.canaries).stage is Stage.GROUP
+
+
+@pytest.mark.parametrize("present", [[], ["edge-003"]])
+def test_a_group_most_of_which_is_away_does_not_get_a_patch_all_at_once_when_it_is_back(
+    present: list[str],
+) -> None:
+    rollout = begin(1, present, 0.0, OPTIONS, known=10)
+    assert rollout.stage is Stage.CANARY
+    assert rollout.canaries == frozenset(present)
+    rollout = tick(rollout, names(10), 0.1, OPTIONS)
+    assert len(rollout.canaries) == 1, "the first that comes is asked at once, and no other"
+    assert sum(rollout.may_have(edge) for edge in names(10)) == 1
+    assert committed(rollout, rollout.canaries).stage is Stage.GROUP
+
+
 # --- properties ---------------------------------------------------------------------------------------
 
 EDGES = names(12)
@@ -215,15 +275,23 @@ class AnyRollout(RuleBasedStateMachine):
             assert all(after.may_have(edge) for edge in EDGES if before.may_have(edge))
         self.rollout = after
 
-    @rule(edge=st.sampled_from(EDGES), state=states, offered=st.integers(0, 40))
-    def speaks(self, edge, state, offered) -> None:
+    @rule(
+        edge=st.sampled_from(EDGES),
+        state=states,
+        offered=st.integers(0, 40),
+        online=st.sets(st.sampled_from(EDGES)),
+    )
+    def speaks(self, edge, state, offered, online) -> None:
         kept = copy.deepcopy(self.rollout)
         self.offered = max(self.offered, offered)
         arguments = (edge, state, "why", self.now, self.options)
-        after = progress(self.rollout, *arguments, offered=self.offered)
-        again = progress(kept, *arguments, offered=self.offered)
+        after = progress(self.rollout, *arguments, offered=self.offered, online=online)
+        again = progress(kept, *arguments, offered=self.offered, online=sorted(online))
         if self.rollout.stage is Stage.CANARY and after.stage is Stage.GROUP:
-            wanted = math.ceil(self.options.success_share * len(after.canaries) - 1e-9)
+            asked = len(after.canaries) - len(after.bad)
+            wanted = math.ceil(self.options.success_share * asked - 1e-9)
+            if after.bad:
+                assert len(after.good) >= 2, "one against one"
             assert len(after.good & after.canaries) >= max(1, wanted)
         self.then(after, again, copy.deepcopy(kept))
 
@@ -255,7 +323,8 @@ class AnyRollout(RuleBasedStateMachine):
             asked = len(rollout.canaries)
             if rollout.stage is Stage.GROUP:
                 asked = max(asked, self.offered, len(rollout.good) + len(rollout.bad))
-            assert len(rollout.bad) <= self.options.error_share * asked + 1e-6
+            alone = 1 if asked >= OPINIONS else 0
+            assert len(rollout.bad) <= max(alone, self.options.error_share * asked + 1e-6)
 
     @invariant()
     def the_group_follows_somebody(self) -> None:

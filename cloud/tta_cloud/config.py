@@ -131,6 +131,9 @@ def _checked(config: Config) -> Config:
         "retention_days": config.retention_days,
         "learner.new": config.learner.new,
         "learner.rounds": config.learner.rounds,
+        "learner.publish_rate": config.learner.publish_rate,
+        "intake.max_waiting": config.intake.max_waiting,
+        "intake.fairness": config.intake.fairness,
     }
     for key, value in positive.items():
         if value <= 0:
@@ -141,6 +144,7 @@ def _checked(config: Config) -> Config:
         "rollout.success_share": config.rollout.success_share,
         "rollout.error_share": config.rollout.error_share,
         "intake.max_share": config.intake.max_share,
+        "learner.publish_rate": config.learner.publish_rate,
     }
     for key, share in shares.items():
         if not 0 <= share <= 1:

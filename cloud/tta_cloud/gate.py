@@ -58,6 +58,23 @@ def held_out(key: str) -> bool:
     return int(key[-4:], 16) % HOLD_OUT == 0
 
 
+def jury(edges: Sequence[str], most: int) -> list[int]:
+    """Which held-out samples judge: in turn by edge, the newest first, so that who sends most drives out nobody.
+
+    Args:
+        edges: [n], who sent each, oldest first.
+        most: how many.
+
+    Returns:
+        Places in ascending order.
+    """
+    queues: dict[str, list[int]] = {}
+    for place in reversed(range(len(edges))):
+        queues.setdefault(edges[place], []).append(place)
+    turns = sorted((turn, -place) for queue in queues.values() for turn, place in enumerate(queue))
+    return sorted(-place for _, place in turns[:most])
+
+
 def answered(logits: NDArray[np.float32]) -> NDArray[np.bool_]:
     """[n], whether logits [n, C] are all finite."""
     return np.asarray(np.isfinite(logits).all(axis=1))

@@ -69,8 +69,9 @@ def create(store: Path, now_s: float | None = None) -> Identity:
         raise KeyFileRefused(
             f"{directory} cannot be made: {reason(error)}", "Choose another --store"
         ) from error
-    _, secret = zmq.curve_keypair()
+    public, secret = zmq.curve_keypair()
     write_secret(directory / "curve.key", secret + b"\n")
+    write_secret(directory / "curve.pub", public + b"\n")
     root_key, publisher = SecretKey.generate(), SecretKey.generate()
     root_key.save(directory / "root.key")
     publisher.save(directory / "publisher.key")
@@ -103,9 +104,37 @@ def load(store: Path) -> Identity:
     secret = read_secret(directory / "curve.key", _Z85_CHARS + 1).strip()
     if len(secret) != _Z85_CHARS:
         raise KeyFileRefused(f"{directory / 'curve.key'} holds no CURVE key", "Restore it from a copy")
-    public = zmq.curve_public(secret)
-    publisher = SecretKey.load(directory / "publisher.key")
-    return Identity(public.decode(), secret.decode(), publisher, read_roots(store))
+    try:
+        public = zmq.curve_public(secret)
+    except zmq.ZMQError as error:
+        raise KeyFileRefused(
+            f"{directory / 'curve.key'} holds no CURVE key", "Restore it from a copy"
+        ) from error
+    # Any 40 letters are a key, and with another one no edge would ever be heard again.
+    known = directory / "curve.pub"
+    if known.exists() and read_secret(known, _Z85_CHARS + 1).strip() != public:
+        raise KeyFileRefused(
+            f"curve.key is not the secret half of curve.pub in {directory}: one of them is damaged",
+            "Restore both from a copy",
+        )
+    roots = read_roots(store)
+    return Identity(public.decode(), secret.decode(), _publisher(directory, roots[-1][0]), roots)
+
+
+def _publisher(directory: Path, root: Root) -> SecretKey:
+    """The publisher's key that a root names; also where `rotate` was killed before it had its place."""
+    staged = directory / f"publisher.{root.version}.key"
+    for path in (directory / "publisher.key", staged):
+        if path == staged and not staged.exists():
+            break
+        found = SecretKey.load(path)
+        if found.key_id in root.publisher_keys:
+            return found
+    raise KeyFileRefused(
+        f"{directory / 'publisher.key'} is no key that root {root.version} names: "
+        f"{', '.join(each[:12] for each in root.publisher_keys)}; no edge would take what it signs",
+        "Restore it from a copy",
+    )
 
 
 def read_roots(store: Path) -> tuple[tuple[Root, Sealed], ...]:

@@ -48,6 +48,7 @@ class LearnerOptions:
         beta: weight of the divergence from the teacher.
         gamma: weight of the teacher's label.
         temperature: of both distributions in the divergence.
+        publish_rate: how far a patch goes from the head before it to the student, as a share of the way.
     """
 
     new: int = 32
@@ -61,6 +62,7 @@ class LearnerOptions:
     beta: float = 3.0
     gamma: float = 1.0
     temperature: float = 1.0
+    publish_rate: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,15 @@ class Learner:
             x: [n, ...] as edges have it.
         """
         return self._teacher.predict(x).logits
+
+    def looks(self, x: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The student's logits [n, C] and features [n, F] as it stands; logits again where its graph gives none.
+
+        Args:
+            x: [n, ...] as edges have it.
+        """
+        found = self._student.predict(x)
+        return found.logits, found.logits if found.features is None else found.features
 
     def predict(self, theta: Vector, x: NDArray[Any]) -> NDArray[np.float32]:
         """The logits [n, C] that an edge would give with a theta.

@@ -144,8 +144,8 @@ def expire(before_ms: int) -> Operation[int]:
     return Operation("samples.expire", run)
 
 
-def refuse(group: str, reason: str) -> Operation[None]:
-    """Count a sample that intake has refused.
+def refuse(group: str, reason: str, count: int = 1) -> Operation[None]:
+    """Count samples that intake has refused.
 
     Raises:
         BadRecord: the reason is empty or too long.
@@ -155,8 +155,9 @@ def refuse(group: str, reason: str) -> Operation[None]:
 
     def run(db: sqlite3.Connection) -> None:
         db.execute(
-            "INSERT INTO refusals VALUES (?, ?, 1) ON CONFLICT (grp, reason) DO UPDATE SET count = count + 1",
-            (group, reason),
+            "INSERT INTO refusals VALUES (?, ?, ?) "
+            "ON CONFLICT (grp, reason) DO UPDATE SET count = count + excluded.count",
+            (group, reason, count),
         )
 
     return Operation("samples.refuse", run)
@@ -191,6 +192,21 @@ def unused(db: sqlite3.Connection, group: str, limit: int) -> Drawn:
     """The oldest samples of a group that nobody learnt from, in the order of their arrival."""
     rows = db.execute(f"SELECT {_COLUMNS} FROM samples WHERE grp = ? AND used = 0 ORDER BY number", (group,))
     return _draw(rows, limit)
+
+
+def waiting(db: sqlite3.Connection, group: str) -> list[tuple[int, str, str, int]]:
+    """Number, key, edge and time of arrival of the samples that nobody learnt from, oldest first; their bytes are not
+    read.
+    """
+    query = "SELECT number, key, edge, received_ms FROM samples WHERE grp = ? AND used = 0 ORDER BY number"
+    return db.execute(query, (group,)).fetchall()
+
+
+def numbered(db: sqlite3.Connection, numbers: Sequence[int]) -> Drawn:
+    """The samples with these numbers, in their order; those that are gone are left out."""
+    query = f"SELECT {_COLUMNS} FROM samples WHERE number = ?"
+    rows = (row for number in numbers for row in db.execute(query, (number,)))
+    return _draw(rows, len(numbers))
 
 
 def replay(db: sqlite3.Connection, group: str, count: int, *, newest: int, seed: int) -> Drawn:

@@ -22,14 +22,15 @@ from tta_cloud import agreement, learners, ledger, samples, steering
 from tta_cloud.config import Config
 from tta_cloud.control import RollBack
 from tta_cloud.errors import CloudError, DamagedRecord, Internal, SnapshotUnreadable, StaleLearner
-from tta_cloud.gate import Verdict, held_out, judge, judge_labelled
+from tta_cloud.gate import Verdict, held_out, judge, judge_labelled, jury
 from tta_cloud.identity import Identity
-from tta_cloud.intake import balanced
+from tta_cloud.intake import RECORD, Looked, Waits, balanced, choose, divergences, fair_share, odd_ones
 from tta_cloud.learner import Learner, Round
 from tta_cloud.publishing import build
 from tta_cloud.records import Patch, Stored
 from tta_cloud.stats import Stats
 from tta_cloud.store import Store
+from tta_runtime.bundle import Bundle
 from tta_runtime.errors import EngineError, InputError, TtaError
 from tta_runtime.model import Engines
 from tta_runtime.patch import Trust, verify_patch
@@ -38,10 +39,8 @@ from tta_runtime.theta import Vector
 
 log = logging.getLogger(__name__)
 
-SCANNED = 1024
-"""Waiting samples that are looked at for one round."""
 JUDGED = 256
-"""Held-out samples that judge a patch, the newest ones."""
+"""Held-out samples that judge a patch, the newest ones of each edge."""
 BASES = 16
 """Thetas of earlier patches that are kept in memory for a group."""
 PATIENCE = 5
@@ -58,6 +57,12 @@ class _Group:
     refused: int = 0
     held: list[Stored] = field(default_factory=list)
     bases: dict[int, Vector] = field(default_factory=dict)
+    senders: dict[str, int] = field(default_factory=dict)
+    """When each edge has sent last, in ms."""
+    records: dict[str, deque[Looked]] = field(default_factory=dict)
+    """What the networks have made of the newest samples of each edge."""
+    odd: frozenset[str] = frozenset()
+    """Edges that nothing is learned from at present."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,18 +186,22 @@ class School:
         group, options = self._group(name), self._config.learner
         if self._store.read(lambda db: samples.totals(db, name)).unused < options.new:
             return False  # every sample that comes asks; most of them need not have all the others read
-        waiting = self._store.read(lambda db: samples.unused(db, name, SCANNED))
-        if waiting.damaged:
-            self._store.call(samples.discard(waiting.damaged))
-        held = [each for each in waiting.samples if held_out(each.sample.key)]
-        fresh = [each for each in waiting.samples if not held_out(each.sample.key)]
-        taken = balanced([each.sample.edge for each in fresh], options.new, self._config.intake.max_share)
-        if len(taken) < options.new:
-            # One edge alone may not fill a round where others are; what it has waits for theirs.
+        waiting = [Waits(*row) for row in self._store.read(lambda db: samples.waiting(db, name))]
+        group.senders.update({each.edge: each.received_ms for each in waiting})
+        choice = choose(waiting, group.senders, options.new, self._config.intake)
+        if choice.surplus:
+            self._store.call(samples.discard(choice.surplus))
+            self._store.call(samples.refuse(name, "surplus", len(choice.surplus)))
+        if not choice.new:
             return False
-        new = [fresh[place] for place in taken]
+        found = self._store.read(lambda db: samples.numbered(db, (*choice.new, *choice.held)))
+        if found.damaged or len(found.samples) < len(choice.new) + len(choice.held):
+            self._store.call(samples.discard(found.damaged))
+            return True  # again, without those that are gone
+        new, held = list(found.samples[: len(choice.new)]), list(found.samples[len(choice.new) :])
+        learned = self._trusted(name, group, new)
         draws = [self._replay(name, group, i) for i in range(options.rounds)]
-        x = np.stack([each.sample.array() for each in new])
+        x = np.stack([each.sample.array() for each in learned])
         before = group.learner.snapshot()
         keys = [each.sample.key for each in (*new, *held)]
         began_s = time.monotonic()
@@ -214,7 +223,7 @@ class School:
                 group.generation = self._store.read(lambda db: learners.generation(db, name))
             raise
         self._stats.learned(name, "refused" if done.refused else "learned", time.monotonic() - began_s)
-        group.held = [*group.held, *held][-JUDGED:]
+        group.held = _jury([*group.held, *held])
         if done.refused:
             log.warning("group %s: a round was not finite; it is not published", name)
             return True
@@ -239,11 +248,30 @@ class School:
         if seq not in group.bases:
             try:
                 epoch = self._identity.root.epoch
-                theta = self._theta(name, self._store.read(lambda db: ledger.get(db, name, epoch, seq)))
+                patch = self._store.read(lambda db: ledger.get(db, name, epoch, seq))
+                theta = theta_of(patch, self._identity, self._student.bundle)
             except TtaError:
                 return None
             group.bases = {**dict(list(group.bases.items())[1 - BASES :]), seq: theta}
         return group.bases[seq]
+
+    def _trusted(self, name: str, group: _Group, new: list[Stored]) -> list[Stored]:
+        """The samples of a round without those of edges that are unlike the others."""
+        try:
+            _look(group, new)
+        except (InputError, EngineError):
+            return new  # the round itself will say so
+        odd = odd_ones(group.records, self._config.intake.oddness)
+        for edge in odd - group.odd:
+            self._note(
+                name,
+                f"nothing is learned from the edge with key {edge[:8]}.. for now: it is unlike the others",
+            )
+        group.odd = odd
+        kept = [each for each in new if each.sample.edge not in odd]
+        if kept and len(kept) < len(new):
+            self._store.call(samples.refuse(name, "odd", len(new) - len(kept)))
+        return kept or new
 
     def _replay(self, name: str, group: _Group, draw: int) -> np.ndarray:
         options, spec = self._config.learner, self._student.bundle.manifest.input
@@ -254,11 +282,21 @@ class School:
         found = self._store.read(
             lambda db: samples.replay(db, name, options.replay * 2, newest=10_000, seed=seed)
         )
-        known = [each.sample.array() for each in found.samples if not held_out(each.sample.key)]
-        return np.stack(known[: options.replay]) if known else nothing
+        known = [
+            each
+            for each in found.samples
+            if not held_out(each.sample.key) and each.sample.edge not in group.odd
+        ]
+        share = fair_share(group.senders, self._config.intake)
+        taken = balanced([each.sample.edge for each in known], options.replay, share)
+        return np.stack([known[place].sample.array() for place in taken]) if taken else nothing
 
     def _publish(self, name: str, group: _Group, count: int) -> None:
-        learner, verdict = group.learner, self._judge(group)
+        learner = group.learner
+        # Part of the way only: a round that misleads is outvoted by those after it, before all of it is published.
+        rate = np.float32(self._config.learner.publish_rate)
+        candidate = np.asarray(group.head + rate * (learner.theta - group.head), dtype=np.float32)
+        verdict = self._judge(group, candidate)
         self._stats.judged(name, verdict.reason or "passed")
         if not verdict.passed and verdict.reason != "few-samples":
             group.refused += 1
@@ -275,11 +313,11 @@ class School:
             self._note(name, f"pinned at patch {held.seq}: what was learned is not published")
             return
         patch = build(
-            learner.theta, self._identity, self._student.bundle, group=name, seq=self._next_seq(name),
+            candidate, self._identity, self._student.bundle, group=name, seq=self._next_seq(name),
             parent=group.head, samples=count, now_s=self._clock_s(),
         )  # fmt: skip
         self._store.call(steering.publish(patch))
-        group.head = np.array(learner.theta)
+        group.head = candidate
         self._published(Published(name, patch))
 
     def _next_seq(self, name: str) -> int:
@@ -313,9 +351,8 @@ class School:
             return self._store.read(lambda db: ledger.get(db, name, epoch, known[0]))
         group, theta = self._group(name), np.array(self._student.bundle.theta0)
         if wish.seq:
-            theta = np.array(
-                self._theta(name, self._store.read(lambda db: ledger.get(db, name, wish.epoch, wish.seq)))
-            )
+            earlier = self._store.read(lambda db: ledger.get(db, name, wish.epoch, wish.seq))
+            theta = np.array(theta_of(earlier, self._identity, self._student.bundle))
         patch = build(
             theta, self._identity, self._student.bundle, group=name, seq=self._next_seq(name), parent=group.head,
             samples=0, now_s=self._clock_s(), state="published", reason=reason,
@@ -336,13 +373,11 @@ class School:
         self._note(name, f"patch {patch.entry.seq}: {reason}; the learner goes on from there")
         return self._store.read(lambda db: ledger.get(db, name, patch.entry.epoch, patch.entry.seq))
 
-    def _judge(self, group: _Group) -> Verdict:
+    def _judge(self, group: _Group, candidate: Vector) -> Verdict:
         learner, options = group.learner, self._config.gate
         if self._labelled is not None:
             x, y = self._labelled
-            found = judge_labelled(
-                learner.predict(learner.theta, x), learner.predict(group.head, x), y, options
-            )
+            found = judge_labelled(learner.predict(candidate, x), learner.predict(group.head, x), y, options)
             if not found.passed:
                 return found
         if not group.held:
@@ -350,7 +385,7 @@ class School:
         x = np.stack([each.sample.array() for each in group.held])
         edges = [each.sample.edge for each in group.held]
         return judge(
-            learner.predict(learner.theta, x),
+            learner.predict(candidate, x),
             learner.predict(group.head, x),
             learner.teach(x),
             edges,
@@ -375,28 +410,23 @@ class School:
         patch = self._store.read(lambda db: ledger.newest(db, name))
         if patch is not None:
             try:
-                head = np.array(self._theta(name, patch))
+                head = np.array(theta_of(patch, self._identity, self._student.bundle))
             except TtaError as error:
                 log.warning(
                     "the head of group %s is of another bundle, its source stands for it: %s", name, error
                 )
-        held = self._store.read(lambda db: _held(db, name))
-        return _Group(learner, generation, head, held=held)
-
-    def _theta(self, name: str, patch: Patch) -> Vector:
-        root = next(
-            (root for root, _ in reversed(self._identity.roots) if root.epoch == patch.entry.epoch),
-            self._identity.root,
-        )
-        trust = Trust(
-            root, self._student.bundle.digest, name, epoch=patch.entry.epoch, seq=patch.entry.seq - 1
-        )
-        bundle = self._student.bundle
-        verified = verify_patch(
-            sealed_of(patch), patch.payload, trust, bundle.manifest.theta, bundle.theta0,
-            max_distance=float("inf"),
-        )  # fmt: skip
-        return verified.theta
+        known = self._store.read(lambda db: _newest(db, name))
+        held = _jury([each for each in known if held_out(each.sample.key)])
+        senders = {each.sample.edge: each.received_ms for each in known}
+        group = _Group(learner, generation, head, held=held, senders=senders)
+        used = [each for each in known if not held_out(each.sample.key)]
+        recent = [used[i] for i in jury([each.sample.edge for each in used], RECORD * len(senders))]
+        for start in range(0, len(recent), JUDGED):
+            try:
+                _look(group, recent[start : start + JUDGED])
+            except (InputError, EngineError) as error:
+                log.warning("group %s: what it has sent is not looked at again: %s", name, error)
+        return group
 
     def _note(self, group: str, text: str) -> None:
         log.info("group %s: %s", group, text)
@@ -405,13 +435,45 @@ class School:
         return int(self._clock_s() * 1000)
 
 
+def theta_of(patch: Patch, identity: Identity, bundle: Bundle) -> Vector:
+    """What a patch in the ledger carries, [P].
+
+    Raises:
+        PatchError: it is not this cloud's, or of another bundle.
+    """
+    entry = patch.entry
+    root = next((root for root, _ in reversed(identity.roots) if root.epoch == entry.epoch), identity.root)
+    trust = Trust(root, bundle.digest, entry.group, epoch=entry.epoch, seq=entry.seq - 1)
+    verified = verify_patch(
+        sealed_of(patch),
+        patch.payload,
+        trust,
+        bundle.manifest.theta,
+        bundle.theta0,
+        max_distance=float("inf"),
+    )
+    return verified.theta
+
+
 def sealed_of(patch: Patch) -> Sealed:
     """What was signed of a patch in the ledger, with its signatures."""
     return Sealed(patch.body, msgspec.msgpack.decode(patch.signatures, type=tuple[SignatureEntry, ...]))
 
 
-def _held(db: sqlite3.Connection, group: str) -> list[Stored]:
-    """The newest held-out samples of a group, oldest first."""
+def _newest(db: sqlite3.Connection, group: str) -> list[Stored]:
+    """The newest samples of a group that were used, oldest first."""
     found = samples.replay(db, group, 4096, newest=4096, seed=0)
-    held = sorted((each for each in found.samples if held_out(each.sample.key)), key=lambda each: each.number)
-    return held[-JUDGED:]
+    return sorted(found.samples, key=lambda each: each.number)
+
+
+def _look(group: _Group, stored: list[Stored]) -> None:
+    """Put what the networks make of samples into the records of their edges."""
+    x = np.stack([each.sample.array() for each in stored])
+    target, (logits, features) = group.learner.teach(x), group.learner.looks(x)
+    for each, value, row in zip(stored, divergences(target, logits), features, strict=True):
+        record = group.records.setdefault(each.sample.edge, deque(maxlen=RECORD))
+        record.append(Looked(float(value), row))
+
+
+def _jury(held: list[Stored]) -> list[Stored]:
+    return [held[place] for place in jury([each.sample.edge for each in held], JUDGED)]

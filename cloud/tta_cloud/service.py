@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import zmq
+import zmq.utils.monitor
 
 from tta_cloud import control, edges, ledger, samples, steering, zap
 from tta_cloud.config import Config
@@ -31,22 +32,23 @@ from tta_cloud.errors import (
     StoreBusy,
     StoreError,
 )
+from tta_cloud.handshakes import EVENTS, Refusals, cause_of
 from tta_cloud.identity import Identity
-from tta_cloud.intake import refusals
+from tta_cloud.intake import Intake
 from tta_cloud.operations import Operation, Outcome
 from tta_cloud.promises import FILE as PROMISES
 from tta_cloud.promises import Promises
 from tta_cloud.records import Edge, Entry, Patch
 from tta_cloud.records import Sample as StoredSample
 from tta_cloud.rollout import Rollout, Stage, begin, progress, tick
-from tta_cloud.school import Published, School, sealed_of
+from tta_cloud.school import Published, School, sealed_of, theta_of
 from tta_cloud.session import Arrived, CloudSession, Frames, Gone, SessionOptions
 from tta_cloud.stats import Stats
 from tta_cloud.store import Store, StoreEvent
 from tta_cloud.watching import Watching
 from tta_runtime import __version__
 from tta_runtime import sealed as seals
-from tta_runtime.errors import EngineError, InputError, TtaError
+from tta_runtime.errors import TtaError
 from tta_runtime.health import OFF, HealthServer
 from tta_runtime.link import (
     Accepted,
@@ -63,7 +65,7 @@ from tta_runtime.link import (
     Sample,
     Welcome,
 )
-from tta_runtime.model import Engines, Model
+from tta_runtime.model import Engines
 from tta_runtime.patch import HEAD_LIFE_S, body_sha256, make_head
 from tta_runtime.wire import declare
 
@@ -119,7 +121,7 @@ class CloudServer:
         self._identity = identity
         self._student = student
         self._clock_s = clock_s
-        self._source = Model(student, "distill")
+        self._intake = Intake(student, config.intake)
         options = SessionOptions(silence_s=SILENCE_S)
         self._session = CloudSession(options)
         self._door = CloudSession(options, door=True)
@@ -135,6 +137,8 @@ class CloudServer:
         self._promises = Promises(Path(config.store) / PROMISES, identity.root.epoch)
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
+        self._refusals = Refusals()
+        self._monitors: dict[zmq.Socket[bytes], str] = {}
         self._context = zmq.Context()
         self._wakes = self._context.socket(zmq.PAIR)
         self._wakes.bind("inproc://wake")
@@ -207,7 +211,7 @@ class CloudServer:
 
     def _loop(self, authority: zmq.Socket[bytes], sockets: dict[Any, CloudSession]) -> None:
         poller = zmq.Poller()
-        for socket in (authority, self._wakes, *sockets):
+        for socket in (authority, self._wakes, *self._monitors, *sockets):
             poller.register(socket, zmq.POLLIN)
         while not self._stopping.is_set():
             now_s = self._turned_s = time.monotonic()
@@ -216,6 +220,9 @@ class CloudServer:
             ready = dict(poller.poll(int(max(0.0, min(waits)) * 1000) + 1))
             if authority in ready:
                 self._let_in(authority)
+            for monitor in self._monitors:
+                if monitor in ready:
+                    self._watch(monitor)
             if self._wakes in ready:
                 while self._wakes.poll(0):
                     self._wakes.recv()
@@ -253,6 +260,17 @@ class CloudServer:
                 else:
                     self._stats.refused(event.error.code)
                     log.warning("refused a message of %s: %s", self._name(event.user), event.error)
+
+    def _watch(self, monitor: zmq.Socket[bytes]) -> None:
+        event = zmq.utils.monitor.recv_monitor_message(monitor)
+        cause = cause_of(int(event["event"]), int(event["value"]))
+        if cause:
+            self._refused(self._monitors[monitor], cause)
+
+    def _refused(self, where: str, cause: str, who: str = "") -> None:
+        line = self._refusals.line(where, cause, who, time.monotonic())
+        if line:
+            log.warning("%s", line)
 
     def _send(self, socket: zmq.Socket[bytes], session: CloudSession, sends: list[Frames]) -> None:
         for frames in sends:
@@ -360,7 +378,8 @@ class CloudServer:
         self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: Sample
     ) -> None:
         edge, x = self._edge(arrived.user), np.array(arrived.tensors["x"])
-        reason = self._unwanted(x) if message.encoding == "raw" else "bad-encoding"
+        known = message.encoding == "raw"
+        reason = self._intake.refused(edge.group, edge.key, x) if known else "bad-encoding"
         if reason:
             self._stats.came(edge.group, reason)
             self._note(samples.refuse(edge.group, reason))
@@ -411,14 +430,6 @@ class CloudServer:
         if found == "stored":
             self._school.wake(group)
 
-    def _unwanted(self, x: np.ndarray) -> str:
-        """Why a sample is refused before it is stored; "" where it is taken."""
-        try:
-            logits = self._source.predict(x[None]).logits
-        except (InputError, EngineError):
-            return "bad-sample"
-        return refusals(logits, np.zeros((0, logits.shape[1]), np.float32), self._config.intake)[0]
-
     def _fetch(self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived) -> None:
         edge = self._edge(arrived.user)
         patch = self._for(edge)
@@ -446,9 +457,10 @@ class CloudServer:
         rollout = self._rollouts.get(edge.group)
         if rollout is None or _order(self._newest[edge.group]) != (epoch, seq) or reason in NO_VERDICT:
             return
+        online = self._online().get(edge.group, [])
         after = progress(
-            rollout, edge.key, state, reason, time.monotonic(), self._config.rollout,
-            offered=len(self._online().get(edge.group, ())),
+            rollout, edge.key, state, reason, time.monotonic(), self._config.rollout, offered=len(online),
+            online=online,
         )  # fmt: skip
         if after != rollout:
             self._advance(edge.group, after)
@@ -516,10 +528,12 @@ class CloudServer:
             return  # before anybody was told
         online = self._online().get(group, ())
         self._promises.give(group, *_named(patch))
-        rollout = begin(patch.entry.seq, online, time.monotonic(), self._config.rollout)
+        known = sum(edge.group == group and edge.state == "active" for edge in self._edges.values())
+        rollout = begin(patch.entry.seq, online, time.monotonic(), self._config.rollout, known=known)
         before = self._rollouts.get(group)
         self._newest_before(group, before)
         self._newest[group] = patch
+        self._filter_with(group, patch)
         log.info("group %s: patch %d, %s", group, patch.entry.seq, rollout.stage.value)
         self._advance(group, rollout)
 
@@ -530,6 +544,13 @@ class CloudServer:
             log.warning("the ledger cannot be read: %s", error)
             return False
         return now.state == "rolled-back"
+
+    def _filter_with(self, group: str, patch: Patch) -> None:
+        """What the group sends is filtered with what it is given to serve."""
+        try:
+            self._intake.teach(group, theta_of(patch, self._identity, self._student.bundle))
+        except TtaError as error:
+            log.warning("group %s: its samples are filtered as before: %s", group, error)
 
     def _newest_before(self, group: str, before: Rollout | None) -> None:
         """What the group has while the new one is with canaries."""
@@ -719,6 +740,7 @@ class CloudServer:
         self._stats.moved(group, patch.entry.state)
         self._rollouts.pop(group, None)
         self._newest[group] = self._served[group] = patch
+        self._filter_with(group, patch)
         self._push_head(group)
 
     def _allow(self, domain: str, key: str) -> str:
@@ -726,9 +748,11 @@ class CloudServer:
             self._guarded(self._take_notes)
             return ""  # a token decides
         found = self._edges.get(key)
-        if found is None:
-            return "the key is not enrolled"
-        return "" if found.state == "active" else f"the key is {found.state}"
+        if found is not None and found.state == "active":
+            return ""
+        cause = "the key is not enrolled" if found is None else f"the key is {found.state}"
+        self._refused(self.endpoint, cause, f" of {self._name(key)}")
+        return cause
 
     def _edge(self, key: str) -> Edge:
         found = self._edges.get(key)
@@ -787,6 +811,7 @@ class CloudServer:
             patch = last = None
         if patch is not None:
             self._served[group] = patch
+            self._filter_with(group, patch)
         if last is not None and last.entry.epoch == self._identity.root.epoch:
             self._promises.give(group, *_named(last))
         named = self._promises.newest(group)
@@ -840,7 +865,9 @@ class CloudServer:
             raise CannotServe(
                 f"cannot bind {endpoint}: {error.strerror}", "Choose an address of this machine that is free"
             ) from error
-        return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        found = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._monitors[socket.get_monitor_socket(EVENTS)] = found
+        return socket, found
 
     def _now_ms(self) -> int:
         return int(self._clock_s() * 1000)

@@ -6,6 +6,7 @@ came and a base that is offered: verification against the root that this edge tr
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import queue
 import random
@@ -33,7 +34,7 @@ from tta_runtime import __version__
 from tta_runtime import sealed as seals
 from tta_runtime import theta as thetas
 from tta_runtime.bundle import Bundle
-from tta_runtime.errors import PatchError, TtaError
+from tta_runtime.errors import PatchError, PayloadMismatch, TtaError
 from tta_runtime.link import Hello
 from tta_runtime.patch import Head, Trust, verify_body, verify_head, verify_payload
 from tta_runtime.theta import Vector
@@ -295,12 +296,20 @@ class CloudLink:
             log.warning("the link to the cloud: %s", error)
 
     def _take_head(self, sealed: bytes) -> None:
-        self._head = verify_head(seals.decode(sealed), self._trust(), self._head, now_s=self._wall_s())
-        self._head_at_s = time.monotonic()
+        before = self._head
+        self._head = verify_head(seals.decode(sealed), self._trust(), before, now_s=self._wall_s())
+        if self._head != before:  # the same one again is no news: whoever holds back newer ones can repeat it
+            self._head_at_s = time.monotonic()
         self._uplink.newest(self._head.epoch, self._head.seq)
 
     def _take_patch(self, data: bytes, payload: memoryview) -> None:
         body = verify_body(seals.decode(data), self._trust())
+        if hashlib.sha256(payload).hexdigest() != body.payload_sha256:
+            # Who carries it has changed it: the publisher's own may come yet, so it is asked for again.
+            raise PayloadMismatch(
+                f"the {len(payload)} bytes of the payload are not those that were signed",
+                "They were changed on their way; they are fetched again",
+            )
         # From here it is the publisher's own word: what is wrong with it would be no better the next time.
         self._uplink.have(body.epoch, body.seq)
         bundle = self._bundle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,17 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """z85; an edge talks to nobody else."""
     group: str
     name: str
+    check: str = ""
+    """sha256 of the other fields and of the edge's public key; a file without one is believed."""
+
+    def checked(self, public: bytes) -> Link:
+        """The same with the right `check`.
+
+        Args:
+            public: the edge's CURVE key, z85.
+        """
+        told = "\n".join([self.endpoint, self.server_key, self.group, self.name, public.decode()])
+        return msgspec.structs.replace(self, check=hashlib.sha256(told.encode()).hexdigest())
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +106,16 @@ def load(state_dir: Path) -> Enrolment:
         raise KeyFileRefused(f"{directory} cannot be used: {reason(error)}", "Enrol anew") from error
     if not sealed:
         raise KeyFileRefused(f"{directory} holds no root", "Enrol anew")
-    return Enrolment(directory, link, zmq.curve_public(secret), secret, tuple(chain(sealed)))
+    try:
+        public = zmq.curve_public(secret)
+    except zmq.ZMQError as error:
+        raise KeyFileRefused(f"{directory / 'edge.key'} holds no key", "Enrol anew") from error
+    if link.check and link != link.checked(public):
+        raise KeyFileRefused(
+            f"{directory / 'link.json'} or edge.key is not as it was written at the enrolment",
+            "Restore both from a copy, or enrol anew",
+        )
+    return Enrolment(directory, link, public, secret, tuple(chain(sealed)))
 
 
 def enrol(token: str, state_dir: Path, *, wait_s: float = WAIT_S) -> Enrolment:
@@ -129,6 +150,7 @@ def enrol(token: str, state_dir: Path, *, wait_s: float = WAIT_S) -> Enrolment:
     root = first_root(sealed)
     write_secret(directory / f"{root.version}.root", seals.encode(sealed))
     link = Link(endpoint=answer.endpoint, server_key=ticket.server_key, group=answer.group, name=ticket.name)
+    link = link.checked(zmq.curve_public(secret))
     write_secret(directory / "link.json", msgspec.json.encode(link))  # last: now it is whole
     return load(state_dir)
 
