@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import threading
 import time
@@ -63,6 +64,7 @@ class Taught:
 
     Attributes:
         right: for each sample, whether its answer was right.
+        answers: digest of all logits: two runs that have the same one have answered alike to the last bit.
         upload_ratio: share of its samples that it sent.
         bytes_up: of these samples.
         bytes_down: of the patches that came: theta, what was signed, and signatures.
@@ -73,6 +75,7 @@ class Taught:
     """
 
     right: list[bool]
+    answers: str
     upload_ratio: float
     bytes_up: int
     bytes_down: int
@@ -89,6 +92,7 @@ class _Edge:
     feed: Feed
     client: Client
     right: list[bool] = field(default_factory=list)
+    said: hashlib._Hash = field(default_factory=hashlib.sha256)
     staged_s: dict[tuple[int, int], float] = field(default_factory=dict)
     chosen: int = 0
     handled: tuple[int, int] = (0, 0)
@@ -98,6 +102,7 @@ class _Edge:
         x, y = self.feed.batch(begin, size)
         reply = self.client.predict(x, STREAM)
         self.right += (reply.logits.argmax(axis=1) == y).tolist()
+        self.said.update(reply.logits.tobytes())
 
     def note_stages(self, limit: int = EVENTS) -> None:
         """Remember when patches were staged."""
@@ -184,7 +189,7 @@ def _lockstep(fleet: Sequence[_Edge], service: Cloud, plan: Plan, advance: Advan
 
 
 def _realtime(fleet: Sequence[_Edge], service: Cloud, plan: Plan, advance: Advance) -> None:
-    """All at once; a batch that is late is sent at once."""
+    """All at once; a batch that is late is sent at once. What was sent is waited for when all have answered."""
     never, began_s = threading.Event(), time.monotonic()
 
     def play(edge: _Edge) -> None:
@@ -234,8 +239,11 @@ def _missing(edge: _Edge, service: Cloud) -> str:
 
 
 def _until(missing: Callable[[], str], edge: _Edge, service: Cloud) -> None:
-    pause, end_s = threading.Event(), time.monotonic() + PATIENCE_S
+    """Look until nothing is missing; give up where nothing has changed for too long."""
+    pause, before, end_s = threading.Event(), "", 0.0
     while found := missing():
+        if found != before:
+            before, end_s = found, time.monotonic() + PATIENCE_S
         if time.monotonic() > end_s or service.process.poll() is not None:
             said = " / ".join(list(service.log)[-3:])
             raise FleetFailed(f"{edge.feed.edge} {found}; the cloud's last words: {said}")
@@ -259,6 +267,7 @@ def _result(edge: _Edge, service: Cloud) -> Taught:
     )
     return Taught(
         right=edge.right,
+        answers=edge.said.hexdigest(),
         upload_ratio=link.sent / max(1, link.seen),
         bytes_up=int(stored[0]) if stored else 0,
         bytes_down=sum(sizes[order] for order in edge.staged_s),

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from play import Alone, Plan, Taught, alone, taught
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -43,6 +44,8 @@ METHODS = {STUDENT: "source,norm,tent,eta,roid,auto,distill", TEACHER: "source,d
 LOCAL = ("tent", "eta", "roid")
 """Methods that learn by gradient on the edge itself: the best of them on a stream stands for all."""
 SHIFTS = "gaussian_noise:5,fog:5,contrast:5,pixelate:5"
+MEANS = ("source", "local", "auto", "cloud", "cloud_batch1", "upload_ratio")
+"""What is averaged over the edges."""
 DATA = "TTA_SHARED_DATA"
 """Environment variable that names the directory of images and weights."""
 
@@ -108,6 +111,7 @@ def row(feed: Feed, without: Alone, cloud: Taught, single: Taught | None) -> dic
         "samples": len(feed.labels),
         "patches": cloud.patches,
         "serves": cloud.committed,
+        "answers": cloud.answers,
         "batch1": None
         if single is None
         else {"upload_ratio": single.upload_ratio, "patches": single.patches, "serves": single.committed},
@@ -135,30 +139,39 @@ def _cpuinfo() -> list[str]:
 
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The rows for people; accuracies in percent, and in brackets the share of the shift's loss that was regained."""
-    made = Table("edge", "shift", title=title)
-    for column in ("source", "local", "auto", "cloud", "cloud, batch 1", "sent", "up", "down", "patches"):
-        made.add_column(column, justify="right")
-
-    def accuracy(each: dict[str, Any], name: str) -> str:
-        if each[name] is None:
-            return "-"
-        gap = each["gap_recovered"].get(name)
-        return f"{100 * each[name]:.1f}" + ("" if gap is None else f" ({gap:.2f})")
-
+    """The rows for people."""
+    made = Table("edge", "shift", title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in (
+        "source",
+        "local",
+        "",
+        "auto",
+        "cloud",
+        "gap",
+        "one by one",
+        "sent",
+        "KiB up",
+        "down",
+        "patches",
+    ):
+        made.add_column(column, justify="left" if not column else "right")
     for each in rows:
-        local = accuracy(each, "local") + (f" {each['local_method']}" if each["local_method"] else "")
+        gap = each["gap_recovered"]["cloud"]
         made.add_row(
-            each["edge"], each["shift"], accuracy(each, "source"), local, accuracy(each, "auto"),
-            accuracy(each, "cloud"), accuracy(each, "cloud_batch1"), f"{100 * each['upload_ratio']:.1f} %",
-            f"{each['bytes_up'] / 1024:,.0f} KiB", f"{each['bytes_down'] / 1024:,.0f} KiB", str(each["patches"]),
+            each["edge"], each["shift"], _percent(each["source"]), _percent(each["local"]), each["local_method"] or "",
+            _percent(each["auto"]), _percent(each["cloud"]), "-" if gap is None else f"{gap:.2f}",
+            _percent(each["cloud_batch1"]), _percent(each["upload_ratio"]), f"{each['bytes_up'] / 1024:,.0f}",
+            f"{each['bytes_down'] / 1024:,.0f}", str(each["patches"]),
         )  # fmt: skip
     if len(rows) > 1:
-        means = [_mean(rows, name) for name in ("source", "local", "auto", "cloud", "cloud_batch1")]
-        cells = ["-" if mean is None else f"{100 * mean:.1f}" for mean in means]
+        source, local, auto, cloud, single, sent = (_percent(_mean(rows, name)) for name in MEANS)
         made.add_section()
-        made.add_row("mean", "", *cells, f"{100 * (_mean(rows, 'upload_ratio') or 0):.1f} %")
+        made.add_row("mean", "", source, local, "", auto, cloud, "", single, sent)
     return made
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -194,12 +207,12 @@ def play(arguments: argparse.Namespace, student: Path, teacher: Path, console: C
         without = alone(fed, student, methods, plan, folder("alone"), task("without a cloud"))
         words = f"with it, {plan.batch} at a time"
         cloud = taught(fed, student, teacher, plan, folder("cloud"), task(words))
-        single: list[Taught] | None = None
+        single: list[Taught] | list[None] = [None] * len(fed)
         if arguments.batch1:
             one = replace(plan, batch=1)
             single = taught(fed, student, teacher, one, folder("batch1"), task("with it, one at a time"))
     rows = [
-        row(*each, one) for *each, one in zip(fed, without, cloud, single or [None] * len(fed), strict=True)
+        row(feed, own, many, one) for feed, own, many, one in zip(fed, without, cloud, single, strict=True)
     ]
     every = [size for each in cloud for size in each.patch_bytes]
     ends = [*list(seconds.values())[1:], time.monotonic() - began_s]
@@ -207,10 +220,7 @@ def play(arguments: argparse.Namespace, student: Path, teacher: Path, console: C
         "rows": rows,
         "publish_to_staged_ms": percentiles([value for each in cloud for value in each.staged_ms]),
         "patch_bytes": max(every, default=None),
-        "mean": {
-            key: _mean(rows, key)
-            for key in ("source", "local", "auto", "cloud", "cloud_batch1", "upload_ratio")
-        },
+        "mean": {key: _mean(rows, key) for key in MEANS},
         "mode": plan.mode,
         "order": arguments.order,
         "batch": plan.batch,
@@ -249,7 +259,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=5000, help="of each edge (5000)")
     parser.add_argument("--mode", choices=["lockstep", "realtime"], default="lockstep")
     parser.add_argument(
-        "--rate", type=float, default=100.0, help="samples a second of an edge in real time (100)"
+        "--rate", type=float, default=25.0, help="samples a second of an edge in real time (25)"
     )
     parser.add_argument("--batch", type=int, default=64, help="samples that arrive together (64)")
     parser.add_argument(
@@ -264,7 +274,7 @@ def main() -> int:
         parser.error(
             f"there are no images: give --data or set {DATA}, or give --student, --teacher and --stream"
         )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         if arguments.data is not None:
@@ -279,7 +289,12 @@ def main() -> int:
     except TtaError as error:
         print(f"error ({error.code}): {error}", file=sys.stderr)
         return 1
-    console.print(table(found["rows"], f"accuracy in %, {found['mode']}; in brackets the gap recovered"))
+    console.print(
+        table(
+            found["rows"],
+            f"accuracy in %, {found['mode']}; gap: of the shift's loss, what the cloud regained",
+        )
+    )
     staged, size = found["publish_to_staged_ms"], found["patch_bytes"]
     if size is not None and staged["p50"] is not None:
         console.print(
