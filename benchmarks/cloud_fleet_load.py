@@ -26,6 +26,7 @@ import numpy as np
 from tta_cloud import control, ledger
 from tta_cloud.control import LetEnrol
 from tta_cloud.edges import hash_of, new_token
+from tta_cloud.gate import held_out
 from tta_cloud.identity import load
 from tta_cloud.reading import read
 from tta_edge.base import Base, own
@@ -153,10 +154,17 @@ class Load:
     def publish(self) -> list[float]:
         """Let the cloud make one patch; milliseconds until each edge has staged it."""
         self._seq += 1
-        while not self._made_ms():
+        while self._learnable() < self._seq * NEW:
             self._teach()
         at_s = self._staged.wait(self._seq, len(self.edges))
-        return [1000 * each - self._made_ms() for each in at_s]
+        newest = read(self._service.store, lambda db: ledger.entries(db, GROUP, 1))
+        return [1000 * each - newest[0].created_ms for each in at_s]
+
+    def _learnable(self) -> int:
+        """Samples that the cloud has and that are not held out; each lot of them makes a round."""
+        query = "SELECT number FROM samples WHERE grp = ?"
+        numbers = read(self._service.store, lambda db: db.execute(query, (GROUP,)).fetchall())
+        return sum(not held_out(number) for (number,) in numbers)
 
     def _teach(self) -> None:
         """Send one sample, and wait until it is acknowledged."""
@@ -166,10 +174,6 @@ class Load:
         sent = link.info(seen=0, chosen=0).sent
         link.send([Sample.of(x, stream="load", taken_ms=int(time.time() * 1000), seq=0, entropy=1.0)])
         _until(lambda: link.info(seen=0, chosen=0).sent > sent, "a sample is acknowledged")
-
-    def _made_ms(self) -> int:
-        newest = read(self._service.store, lambda db: ledger.entries(db, GROUP, 1))
-        return newest[0].created_ms if newest and newest[0].seq == self._seq else 0
 
     def close(self) -> None:
         """End all links."""

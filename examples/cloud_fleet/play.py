@@ -65,6 +65,7 @@ class Taught:
     Attributes:
         right: for each sample, whether its answer was right.
         answers: digest of all logits: two runs that have the same one have answered alike to the last bit.
+        lessons: the same of all patches.
         upload_ratio: share of its samples that it sent.
         bytes_up: of these samples.
         bytes_down: of the patches that came: theta, what was signed, and signatures.
@@ -76,6 +77,7 @@ class Taught:
 
     right: list[bool]
     answers: str
+    lessons: str
     upload_ratio: float
     bytes_up: int
     bytes_down: int
@@ -268,6 +270,7 @@ def _result(edge: _Edge, service: Cloud) -> Taught:
     return Taught(
         right=edge.right,
         answers=edge.said.hexdigest(),
+        lessons=read(service.store, lambda db: _lessons(db, name)),
         upload_ratio=link.sent / max(1, link.seen),
         bytes_up=int(stored[0]) if stored else 0,
         bytes_down=sum(sizes[order] for order in edge.staged_s),
@@ -284,6 +287,11 @@ def _sizes(db: sqlite3.Connection, group: str) -> dict[tuple[int, int], int]:
         (group,),
     )
     return {(int(epoch), int(seq)): int(size) for epoch, seq, size in rows}
+
+
+def _lessons(db: sqlite3.Connection, group: str) -> str:
+    rows = db.execute("SELECT payload FROM patches WHERE grp = ? ORDER BY epoch, seq", (group,))
+    return hashlib.sha256(b"".join(payload for (payload,) in rows)).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ def row(feed: Feed, without: Alone, cloud: Taught, single: Taught | None) -> dic
         "patches": cloud.patches,
         "serves": cloud.committed,
         "answers": cloud.answers,
+        "lessons": cloud.lessons,
         "batch1": None
         if single is None
         else {"upload_ratio": single.upload_ratio, "patches": single.patches, "serves": single.committed},
