@@ -91,9 +91,7 @@ def test_lockstep_repeats_to_the_last_answer(bundle: Path, stream: Path, tmp_pat
 
 
 def test_in_real_time_nobody_waits(bundle: Path, stream: Path, tmp_path: Path) -> None:
-    found = played(
-        bundle, stream, tmp_path, "--mode", "realtime", "--rate", "400", "--batch", "20", "--no-batch1"
-    )
+    found = played(bundle, stream, tmp_path, "--mode", "realtime", "--rate", "400", "--batch", "20")
     (row,) = found["rows"]
     assert row["shift"] == f"npz:{stream}"
     assert row["samples"] == SAMPLES
