@@ -223,6 +223,7 @@ def measure(student: Path, teacher: Path, edges: int, patches: int, folder: Path
         "one_ms": figures(one),
         "many_ms": figures([value for each in rounds for value in each]),
         "all_staged_ms": figures([max(each) for each in rounds]),
+        "first_to_last_ms": figures([max(each) - min(each) for each in rounds]),
         "cloud_rss_bytes": {"none": before, **{str(count): found for count, found in memory.items()}},
         "bytes_per_edge": round((memory[last] - memory[1]) / (last - 1)) if last > 1 else None,
     }
