@@ -34,7 +34,7 @@ from torch.func import functional_call
 from tta_adapters.methods.distill import kl_divergence
 from tta_cloud import identity, ledger, samples
 from tta_cloud.config import Config
-from tta_cloud.gate import GateOptions, held_out
+from tta_cloud.gate import GateOptions
 from tta_cloud.intake import Intake, IntakeOptions
 from tta_cloud.learner import METHOD, Learner, LearnerOptions
 from tta_cloud.records import Sample
@@ -389,8 +389,11 @@ class Fleet:
                 sends.append((HOSTILE, np.clip(made[i % plan.fresh] + near, 0, 1).astype(np.float32)))
         for i in draw.permutation(len(sends)):
             edge, x = sends[i]
-            chosen = attack is not None and edge == HOSTILE
-            yield edge, np.ascontiguousarray(x), sample_key(f"{minute} {edge} {i}", chosen=chosen)
+            yield (
+                edge,
+                np.ascontiguousarray(x),
+                hashlib.sha256(f"{minute} {edge} {i}".encode()).hexdigest()[:32],
+            )
 
     def _send(self, store: Store, edge: int, x: Images, key: str, minute: int) -> str:
         sample = Sample(
@@ -411,15 +414,6 @@ class Fleet:
 def key_of(edge: int) -> str:
     """A key's public half, another for each edge and the same in each run."""
     return zmq.utils.z85.encode(hashlib.sha256(f"edge {edge}".encode()).digest()).decode()
-
-
-def sample_key(name: str, *, chosen: bool) -> str:
-    """An idempotency key; a hostile edge chooses its own so that none of its samples is held out."""
-    for salt in range(1000):
-        key = hashlib.sha256(f"{name} {salt}".encode()).hexdigest()[:32]
-        if not chosen or not held_out(key):
-            return key
-    raise RuntimeError("every key is held out")
 
 
 # --- the command --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tta_cloud.gate import GateOptions, held_out, judge
+from tta_cloud.gate import HOLD_OUT, GateOptions, judge
 from tta_cloud.learner import Learner, LearnerOptions
 from tta_edge.adapt import Guards, Stream
 from tta_edge.probation import Probation
@@ -101,7 +101,7 @@ class Lockstep:
             choice, choose = choose.choose(answer.logits, draw.random(len(batch)))
             for place in np.flatnonzero(choice.keep) + begin:
                 sent.nbytes += x[place].nbytes
-                held = held_out(f"{draw.integers(1 << 62):032x}")
+                held = draw.integers(1 << 62) % HOLD_OUT == 0
                 (sent.held if held else sent.waiting).append(int(place))
             while len(sent.waiting) >= learner.options.new:
                 new, sent.waiting = sent.waiting[: learner.options.new], sent.waiting[learner.options.new :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import math
 from collections import Counter
 
@@ -86,14 +86,10 @@ def test_an_edge_among_ten_that_floods_has_its_share_and_no_more(n: int) -> None
 # --- who makes up a round -----------------------------------------------------------------------------
 
 
-def waits(*edges: str, held: bool = False) -> list[Waits]:
-    """Waiting samples in this order, none (or each) of them held out."""
-    found, salt = [], 0
-    for number, edge in enumerate(edges, start=1):
-        while held_out(key := hashlib.sha256(f"{number} {salt}".encode()).hexdigest()[:32]) != held:
-            salt += 1
-        found.append(Waits(number, key, edge, 1000 * number))
-    return found
+def waits(*edges: str) -> list[Waits]:
+    """Waiting samples in this order, none of them held out."""
+    numbers = (number for number in itertools.count(1) if not held_out(number))
+    return [Waits(number, edge, 1000 * number) for number, edge in zip(numbers, edges, strict=False)]
 
 
 def senders(*edges: str, at_ms: int = 0) -> dict[str, int]:
@@ -105,7 +101,8 @@ OPTIONS = IntakeOptions()
 
 
 def test_an_edge_that_is_alone_has_all_of_a_round() -> None:
-    assert choose(waits(*["a"] * 9), senders("a"), 8, OPTIONS).new == tuple(range(1, 9))
+    nine = waits(*["a"] * 9)
+    assert choose(nine, senders("a"), 8, OPTIONS).new == tuple(each.number for each in nine[:8])
 
 
 def test_a_flood_fills_no_round_where_the_others_have_nothing_waiting_just_now() -> None:
@@ -120,23 +117,26 @@ def test_a_flood_of_one_among_ten_has_little_more_than_a_tenth_of_a_round() -> N
     mixed = waits(*["edge-0"] * 400, *TEN[1:] * 4)
     found = choose(mixed, senders(*TEN), 32, OPTIONS)
     assert len(found.new) == 32
-    assert sum(mixed[number - 1].edge == "edge-0" for number in found.new) <= math.ceil(1.5 * 32 / 10)
+    edge = {each.number: each.edge for each in mixed}
+    assert sum(edge[number] == "edge-0" for number in found.new) <= math.ceil(1.5 * 32 / 10)
 
 
 def test_what_one_edge_has_waiting_is_bounded_and_its_oldest_are_given_up() -> None:
     options = IntakeOptions(max_waiting=10)
     mixed = waits(*["loud"] * 25, *["b"] * 5)
     found = choose(mixed, senders("loud", "b"), 64, options)
-    assert found.surplus == tuple(range(1, 16))
+    assert found.surplus == tuple(each.number for each in mixed[:15])
     assert (found.new, found.held) == ((), ())
 
 
 def test_what_is_held_out_is_not_learned_and_belongs_to_the_round_before_which_it_came() -> None:
-    fresh, held = waits(*["a", "a", "b", "b"] * 4), waits(*["a"] * 16, held=True)
-    mixed = [fresh[i] if i % 2 else held[i] for i in range(16)]
-    found = choose(mixed, senders("a", "b"), 4, OPTIONS)
-    assert len(found.new) == 4
-    assert found.held == tuple(n for n in range(1, 16, 2) if n < found.new[-1])
+    mixed = [Waits(number, "ab"[number % 2], number) for number in range(1, 121)]
+    held = [number for number in range(1, 121) if held_out(number)]
+    found = choose(mixed, senders("a", "b"), 60, OPTIONS)
+    assert len(found.new) == 60
+    assert not set(found.new) & set(held)
+    assert found.held == tuple(number for number in held if number < found.new[-1])
+    assert 0 < len(found.held) < len(held), "some of both"
 
 
 @given(st.lists(st.sampled_from(TEN), max_size=80), st.integers(1, 40))

@@ -153,13 +153,11 @@ class Waits:
 
     Attributes:
         number: of its arrival.
-        key: its idempotency key.
         edge: that sent it.
         received_ms: when.
     """
 
     number: int
-    key: str
     edge: str
     received_ms: int
 
@@ -196,7 +194,7 @@ def choose(
     surplus = [each for queue in queues.values() for each in queue[: -options.max_waiting]]
     given_up = {each.number for each in surplus}
     left = [each for each in waiting if each.number not in given_up]
-    fresh = [each for each in left if not held_out(each.key)]
+    fresh = [each for each in left if not held_out(each.number)]
     share = fair_share(senders, options)
     places = balanced([each.edge for each in fresh], wanted, share)
     numbers = tuple(sorted(given_up))
@@ -204,7 +202,7 @@ def choose(
         # One edge alone may not fill a round where others are; what it has waits for theirs.
         return Chosen((), (), numbers)
     new = tuple(fresh[place].number for place in places)
-    held = tuple(each.number for each in left if held_out(each.key) and each.number < new[-1])
+    held = tuple(each.number for each in left if held_out(each.number) and each.number < new[-1])
     return Chosen(new, held, numbers)
 
 

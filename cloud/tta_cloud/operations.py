@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from tta_cloud.errors import CloudError
 
@@ -26,6 +26,17 @@ class Operation(Generic[T]):
     name: str
     run: Callable[[sqlite3.Connection], T]
     size_bytes: int = 0
+
+
+def together(first: Operation[T], other: Operation[Any]) -> Operation[T]:
+    """Both changes, or neither; gives what the first one gives."""
+
+    def run(db: sqlite3.Connection) -> T:
+        value = first.run(db)
+        other.run(db)
+        return value
+
+    return Operation(f"{first.name}+{other.name}", run, first.size_bytes + other.size_bytes)
 
 
 @dataclass(frozen=True)

@@ -194,11 +194,11 @@ def unused(db: sqlite3.Connection, group: str, limit: int) -> Drawn:
     return _draw(rows, limit)
 
 
-def waiting(db: sqlite3.Connection, group: str) -> list[tuple[int, str, str, int]]:
-    """Number, key, edge and time of arrival of the samples that nobody learnt from, oldest first; their bytes are not
+def waiting(db: sqlite3.Connection, group: str) -> list[tuple[int, str, int]]:
+    """Number, edge and time of arrival of the samples that nobody learnt from, oldest first; their bytes are not
     read.
     """
-    query = "SELECT number, key, edge, received_ms FROM samples WHERE grp = ? AND used = 0 ORDER BY number"
+    query = "SELECT number, edge, received_ms FROM samples WHERE grp = ? AND used = 0 ORDER BY number"
     return db.execute(query, (group,)).fetchall()
 
 

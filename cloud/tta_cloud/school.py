@@ -1,13 +1,13 @@
 """The thread that learns: from stored samples to a signed patch in the ledger.
 
-Every round is one transaction: the learner's snapshot and the marks of what it has learned from are written together,
-so a kill neither loses a sample nor teaches it twice. A patch is handed on when it is durable.
+Every round is one transaction: the learner's snapshot, the marks of what it has learned from and its patch are written
+together, so a kill neither loses a sample nor teaches it twice. A patch is handed on when it is durable. Rounds of a
+single edge are told by the order in which its samples arrived: the same arrivals make the same patches at any pace.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import sqlite3
 import threading
 import time
@@ -25,7 +25,8 @@ from tta_cloud.errors import CloudError, DamagedRecord, Internal, SnapshotUnread
 from tta_cloud.gate import Verdict, held_out, judge, judge_labelled, jury
 from tta_cloud.identity import Identity
 from tta_cloud.intake import RECORD, Looked, Waits, balanced, choose, divergences, fair_share, odd_ones
-from tta_cloud.learner import Learner, Round
+from tta_cloud.learner import Learner
+from tta_cloud.operations import together
 from tta_cloud.publishing import build
 from tta_cloud.records import Patch, Stored
 from tta_cloud.stats import Stats
@@ -199,37 +200,49 @@ class School:
             self._store.call(samples.discard(found.damaged))
             return True  # again, without those that are gone
         new, held = list(found.samples[: len(choice.new)]), list(found.samples[len(choice.new) :])
-        learned = self._trusted(name, group, new)
-        draws = [self._replay(name, group, i) for i in range(options.rounds)]
-        x = np.stack([each.sample.array() for each in learned])
         before = group.learner.snapshot()
-        keys = [each.sample.key for each in (*new, *held)]
-        began_s = time.monotonic()
         try:
-            done = group.learner.learn(x, draws)
-        except (InputError, EngineError) as error:
-            # What cannot be learned from must not stand in the way of what comes after it.
-            done = Round(len(new), math.nan, math.nan, math.nan, True)
-            log.warning("group %s: %d samples are passed over: %s", name, len(new), error)
-        try:
-            group.generation = self._store.call(
-                learners.save(
-                    name, group.learner.snapshot(), keys, after=group.generation, saved_ms=self._now_ms()
-                )
-            )
+            published = self._round(name, group, new, held)
         except CloudError as error:
             group.learner.restore(before)
             if isinstance(error, StaleLearner):  # another store has taken the place of one that was damaged
                 group.generation = self._store.read(lambda db: learners.generation(db, name))
             raise
-        self._stats.learned(name, "refused" if done.refused else "learned", time.monotonic() - began_s)
-        group.held = _jury([*group.held, *held])
-        if done.refused:
-            log.warning("group %s: a round was not finite; it is not published", name)
-            return True
-        self._compare(name, group, sorted((*new, *held), key=lambda each: each.number))
-        self._publish(name, group, len(new))
+        if published is not None:
+            self._published(published)
         return True
+
+    def _round(self, name: str, group: _Group, new: list[Stored], held: list[Stored]) -> Published | None:
+        """Learn, judge and keep it all in one transaction; gives the patch that is to be handed on."""
+        began_s, learned = time.monotonic(), False
+        trusted = self._trusted(name, group, new)
+        draws = [self._replay(name, group, i) for i in range(self._config.learner.rounds)]
+        judges, patch, candidate = _jury([*group.held, *held]), None, group.head
+        try:
+            x = np.stack([each.sample.array() for each in trusted])
+            learned = not group.learner.learn(x, draws).refused
+            if learned:
+                candidate = self._candidate(group)
+                patch = self._patch(name, group, candidate, judges, len(new))
+            else:
+                log.warning("group %s: a round was not finite; it is not published", name)
+        except (InputError, EngineError) as error:
+            # What cannot be learned from must not stand in the way of what comes after it.
+            log.warning("group %s: %d samples are passed over: %s", name, len(new), error)
+        keys = [each.sample.key for each in (*new, *held)]
+        saved = learners.save(
+            name, group.learner.snapshot(), keys, after=group.generation, saved_ms=self._now_ms()
+        )
+        change = saved if patch is None else together(saved, steering.publish(patch))
+        group.generation = self._store.call(change)
+        self._stats.learned(name, "learned" if learned else "refused", time.monotonic() - began_s)
+        group.held = judges
+        if learned:
+            self._compare(name, group, sorted((*new, *held), key=lambda each: each.number))
+        if patch is None:
+            return None
+        group.head = candidate
+        return Published(name, patch)
 
     def _compare(self, name: str, group: _Group, rows: Sequence[Stored]) -> None:
         """Note how often edges and teacher agree; nothing else depends on it."""
@@ -283,20 +296,25 @@ class School:
             lambda db: samples.replay(db, name, options.replay * 2, newest=10_000, seed=seed)
         )
         known = [
-            each
-            for each in found.samples
-            if not held_out(each.sample.key) and each.sample.edge not in group.odd
+            each for each in found.samples if not held_out(each.number) and each.sample.edge not in group.odd
         ]
         share = fair_share(group.senders, self._config.intake)
         taken = balanced([each.sample.edge for each in known], options.replay, share)
         return np.stack([known[place].sample.array() for place in taken]) if taken else nothing
 
-    def _publish(self, name: str, group: _Group, count: int) -> None:
-        learner = group.learner
-        # Part of the way only: a round that misleads is outvoted by those after it, before all of it is published.
+    def _candidate(self, group: _Group) -> Vector:
+        """What a patch would carry: part of the way from the head to the student.
+
+        A round that misleads is outvoted by those after it, before all of it is published.
+        """
         rate = np.float32(self._config.learner.publish_rate)
-        candidate = np.asarray(group.head + rate * (learner.theta - group.head), dtype=np.float32)
-        verdict = self._judge(group, candidate)
+        return np.asarray(group.head + rate * (group.learner.theta - group.head), dtype=np.float32)
+
+    def _patch(
+        self, name: str, group: _Group, candidate: Vector, judges: list[Stored], count: int
+    ) -> Patch | None:
+        """The patch of what was learned; None where the gate or an operator is against it."""
+        learner, verdict = group.learner, self._judge(group, candidate, judges)
         self._stats.judged(name, verdict.reason or "passed")
         if not verdict.passed and verdict.reason != "few-samples":
             group.refused += 1
@@ -306,19 +324,16 @@ class School:
                 learner.start_from(group.head)
                 group.refused = 0
                 self._note(name, "the student goes on from the head")
-            return
+            return None
         group.refused = 0
         held = self._store.read(lambda db: ledger.pinned(db, name))
         if held is not None:
             self._note(name, f"pinned at patch {held.seq}: what was learned is not published")
-            return
-        patch = build(
+            return None
+        return build(
             candidate, self._identity, self._student.bundle, group=name, seq=self._next_seq(name),
             parent=group.head, samples=count, now_s=self._clock_s(),
         )  # fmt: skip
-        self._store.call(steering.publish(patch))
-        group.head = candidate
-        self._published(Published(name, patch))
 
     def _next_seq(self, name: str) -> int:
         """The number after every one that edges know of: a ledger may have been lost, or its counter damaged."""
@@ -373,17 +388,17 @@ class School:
         self._note(name, f"patch {patch.entry.seq}: {reason}; the learner goes on from there")
         return self._store.read(lambda db: ledger.get(db, name, patch.entry.epoch, patch.entry.seq))
 
-    def _judge(self, group: _Group, candidate: Vector) -> Verdict:
+    def _judge(self, group: _Group, candidate: Vector, judges: list[Stored]) -> Verdict:
         learner, options = group.learner, self._config.gate
         if self._labelled is not None:
             x, y = self._labelled
             found = judge_labelled(learner.predict(candidate, x), learner.predict(group.head, x), y, options)
             if not found.passed:
                 return found
-        if not group.held:
+        if not judges:
             return Verdict(False, "few-samples", float("nan"), float("nan"), 0)
-        x = np.stack([each.sample.array() for each in group.held])
-        edges = [each.sample.edge for each in group.held]
+        x = np.stack([each.sample.array() for each in judges])
+        edges = [each.sample.edge for each in judges]
         return judge(
             learner.predict(candidate, x),
             learner.predict(group.head, x),
@@ -416,10 +431,10 @@ class School:
                     "the head of group %s is of another bundle, its source stands for it: %s", name, error
                 )
         known = self._store.read(lambda db: _newest(db, name))
-        held = _jury([each for each in known if held_out(each.sample.key)])
+        held = _jury([each for each in known if held_out(each.number)])
         senders = {each.sample.edge: each.received_ms for each in known}
         group = _Group(learner, generation, head, held=held, senders=senders)
-        used = [each for each in known if not held_out(each.sample.key)]
+        used = [each for each in known if not held_out(each.number)]
         recent = [used[i] for i in jury([each.sample.edge for each in used], RECORD * len(senders))]
         for start in range(0, len(recent), JUDGED):
             try:
