@@ -32,7 +32,9 @@ LEAST = 8  # samples that are like the others; of fewer there are no moments
 FAR = 3.5  # spreads from the median, beyond which a sample of the window is not like the others
 SPREAD = 0.05  # added to spreads: samples that are alike have none
 GAIN = 0.02  # nats of information that a step must add to what the source's predictions hold
-TURN = 0.5  # of theta's distance from the source, beyond which a step makes another model of it
+TURN = (
+    0.2  # of the window's samples that a step takes for others than before, beyond which it is another model
+)
 SHIFTED = 1.0  # squared spreads from the source, beyond which images are of another world
 LOSS = (
     0.1  # nats that a step may lose there: a source that is sure of what it does not know informs of nothing
@@ -105,11 +107,6 @@ def information(logits: NDArray[np.float32]) -> float:
     p = softmax(logits.astype(np.float64))
     mean = p.mean(axis=0)
     return float(-(mean * np.log(mean + 1e-300)).sum() - entropy(logits).mean())
-
-
-def turned(step: Step, theta0: Vector) -> bool:
-    """Whether a step has moved theta by much of what all steps together have moved it."""
-    return step.report.get("update_norm", 0.0) > TURN * float(np.linalg.norm(step.theta - theta0))
 
 
 class Auto:
@@ -269,12 +266,12 @@ class Auto:
         self._pause = min(2 * self._pause, OFTEN)
         if verdict is None:
             return
-        if verdict.held != self.held or turned(verdict.step, self._model.theta0):
-            # The model has changed, not the labels: a jump in its predictions is no run.
-            self.prior.compare_anew()
         self.report, self.held, self.gain = verdict.step.report, verdict.held, verdict.gain
         source = task.contents.source
         logits = source if verdict.held else verdict.step.logits
+        if (logits.argmax(1) != task.contents.logits.argmax(1)).mean() > TURN:
+            # The model has changed, not the labels: a jump in its predictions is no run.
+            self.prior.compare_anew()
         self._shelf.relabel(self.gallery, task.contents.keys, logits, source)
 
     def asked_source(self, task: Task) -> Task:
