@@ -34,7 +34,7 @@ from torch.func import functional_call
 from tta_adapters.methods.distill import kl_divergence
 from tta_cloud import identity, ledger, samples
 from tta_cloud.config import Config
-from tta_cloud.gate import GateOptions
+from tta_cloud.gate import GateOptions, held_out
 from tta_cloud.intake import Intake, IntakeOptions
 from tta_cloud.learner import METHOD, Learner, LearnerOptions
 from tta_cloud.records import Sample
@@ -246,7 +246,7 @@ class Played:
         sent: samples of the hostile edge.
         accepted: of them, those that were stored.
         reasons: why the others were not.
-        learned: of them, those that rounds have taken; from an odd edge's nothing was learned.
+        learned: of them, those that rounds have taken, without those held out; from an odd edge's nothing was learned.
         odd: samples of all edges that were passed over because their edge is unlike the others.
     """
 
@@ -359,10 +359,9 @@ class Fleet:
                         before = len(heads)
             if attack is not None:
                 since = (self.plan.calm + 1) * MINUTE_MS
-                query = "SELECT count(*) FROM samples WHERE edge = ? AND used > 0 AND received_ms >= ?"
-                played.learned = store.read(
-                    lambda db: int(db.execute(query, (key_of(HOSTILE), since)).fetchone()[0])
-                )
+                query = "SELECT number FROM samples WHERE edge = ? AND used > 0 AND received_ms >= ?"
+                numbers = store.read(lambda db: db.execute(query, (key_of(HOSTILE), since)).fetchall())
+                played.learned = sum(not held_out(number) for (number,) in numbers)
             played.odd = store.read(lambda db: samples.refusals(db, GROUP)).get("odd", 0)
             return played
         finally:

@@ -252,7 +252,7 @@ def test_edges_believe_the_cloud_also_when_a_rollout_was_stopped(
         for _ in range(2):
             before = [len(edge.dates) for edge in edges]
             look(lambda before=before: all(len(e.dates) > n + 2 for e, n in zip(edges, before, strict=True)))  # type: ignore[misc]
-            assert sorted(told(edges)) == ["1.0", "1.0", "1.1"]
+            assert told(edges) == ["1.1"] * 3  # the word of the first was checked with the others
             assert [edge.info(seen=0, chosen=0).patches_refused for edge in edges] == [0] * 3
             cloud.kill()
             cloud.start()
