@@ -161,9 +161,14 @@ def streams(args: argparse.Namespace) -> Iterator[tuple[str, NDArray[Any], NDArr
     places = order(len(labels), limit=args.samples)
     if args.order == "sorted":
         places = places[np.argsort(labels[places], kind="stable")]
+    found = []
     for shift in parse_shifts(args.shifts):
         parts = batches(source, shift, places, batch=1000, seed=args.seed)
-        yield str(shift), np.concatenate([to_input(part.images) for part in parts]), labels[places]
+        found.append((str(shift), np.concatenate([to_input(part.images) for part in parts]), labels[places]))
+        if not args.series:
+            yield found.pop()
+    if found:
+        yield "series", np.concatenate([x for _, x, _ in found]), np.concatenate([y for _, _, y in found])
 
 
 def main() -> None:
@@ -176,7 +181,8 @@ def main() -> None:
     parser.add_argument("--stream", required=True)
     parser.add_argument("--shifts", default="all:5")
     parser.add_argument("--order", choices=["given", "sorted"], default="given")
-    parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--series", action="store_true", help="one stream of all shifts, one after the other")
+    parser.add_argument("--samples", type=int, default=5000, help="of each shift")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--method", default="auto", help="of the edge")
     parser.add_argument("--filter", choices=FILTERS, default="budgeted")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ import zmq
 
 import exported
 from cloud_server import METHODS, images, serving, ticket
-from running import PATIENCE_S, process_environment, running
+from documents import blocks
+from running import PATIENCE_S, REPOSITORY, daemon, process_environment, running
 from serving import until
 from tta_cloud import control, identity, ledger
 from tta_cloud.control import ShutOut
@@ -232,40 +235,63 @@ def test_a_stranger_is_not_heard(store: Path, bundle: Path) -> None:
         context.term()
 
 
-def test_the_commands_of_the_page_make_a_fleet(bundle: Path, tmp_path: Path) -> None:
-    """Keys, service, token, edge: as processes, with the words of the documents."""
-    store, state = tmp_path / "cloud", tmp_path / "edge"
+def test_the_commands_of_the_readme_make_a_fleet(bundle: Path, tmp_path: Path) -> None:
+    """Keys, service, token, edge: as processes, with the words of the README and ports that are free."""
+    places = {
+        "small-bundle": bundle,
+        "big-bundle": bundle,
+        "cloud": tmp_path / "cloud",
+        "state": tmp_path / "state",
+    }
+    keys, serve, admit = _words("cloud-1", places)
+    join, edge = _words("cloud-2", places)
     environment = process_environment()
 
-    def cloud(*words: str) -> str:
+    def run(words: list[str]) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "tta_cloud", *words, "--store", str(store)], env=environment, capture_output=True,
+            [sys.executable, "-m", words[0].replace("-", "_"), *words[1:]], env=environment, capture_output=True,
             text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    cloud("keys", "init")
+    store = ["--store", str(places["cloud"])]
+    run(keys)
+    free = ["--bind", "tcp://127.0.0.1:0", "--enroll-bind", "tcp://127.0.0.1:0"]
     service = subprocess.Popen(
-        [sys.executable, "-m", "tta_cloud", "serve", "--student", str(bundle), "--teacher", str(bundle), "--store",
-         str(store), "--bind", "tcp://127.0.0.1:0", "--enroll-bind", "tcp://127.0.0.1:0"],
-        env=environment, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "tta_cloud", *serve[1:], *free],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert service.stderr is not None
         ready = next(line for line in service.stderr if line.startswith("ready "))
-        door = ready.split()[2]
-        token = json.loads(cloud("enroll", "camera-3", "--group", "yard", "--door", door, "--json"))["token"]
-        made = subprocess.run(
-            [sys.executable, "-m", "tta_edge", "enroll", token, "--state-dir", str(state), "--json"], env=environment,
-            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-        )  # fmt: skip
-        assert made.returncode == 0, made.stderr
-        assert json.loads(made.stdout)["group"] == "yard"
-        (row,) = json.loads(cloud("fleet", "--json"))
+        token = json.loads(run([*admit, "--door", ready.split()[2], "--json"]))["token"]
+        made = json.loads(run([*(token if word == "TOKEN" else word for word in join), "--json"]))
+        assert made["group"] == "yard"
+        (row,) = json.loads(run(["tta-cloud", "fleet", "--json", *store]))
         assert (row["name"], row["group"], row["state"], row["seq"]) == ("camera-3", "yard", "active", 0)
-        assert json.loads(cloud("keys", "list", "--json"))[0]["name"] == "camera-3"
-        assert json.loads(cloud("patches", "log", "yard", "--json")) == []
+        assert json.loads(run(["tta-cloud", "keys", "list", "--json", *store]))[0]["name"] == "camera-3"
+        assert json.loads(run(["tta-cloud", "patches", "log", "yard", "--json", *store])) == []
+        with daemon(*edge[2:]) as served, ExitStack() as stack:
+            assert served.endpoint, served.log
+            client = stack.enter_context(Client(served.endpoint))
+            told = until(
+                lambda: client.status().cloud, lambda link: link is not None and link.phase == "online"
+            )
+            assert told is not None
+            assert told.group == "yard"
+            assert served.stop() == 0
     finally:
         service.terminate()
         assert service.wait(PATIENCE_S) == 0
+
+
+def _words(mark: str, places: Mapping[str, Path]) -> list[list[str]]:
+    """The command lines of a block of the README, its names replaced by what there is here."""
+    (found,) = (block for block in blocks(REPOSITORY / "README.md") if block.mark == mark)
+    lines = found.text.replace("--store cloud", f"--store {places['cloud']}").splitlines()
+    return [
+        [str(places.get(word, word)) if word != "cloud" else word for word in line.split()] for line in lines
+    ]

@@ -20,7 +20,7 @@ from tta_exporters.cli import app as exporter
 APPS = dict(zip(COMMANDS, (edge, exporter, cloud), strict=True))
 README = REPOSITORY / "README.md"
 RUNNABLE = [block for document in documents() for block in blocks(document) if block.mark == "run"]
-MARKS = {"", "run", "example", "terminal-1", "terminal-2", "terminal-3"}
+MARKS = {"", "run", "example", "terminal-1", "terminal-2", "terminal-3", "cloud-1", "cloud-2"}
 
 
 def subcommands():
