@@ -87,9 +87,9 @@ def serve(form: dict[str, Any]) -> None:
 
 
 POINTS = ("before-commit", "after-commit", "before-ledger", "after-ledger", "after-push")
-"""Where a service can be made to die: around the commit of whatever waits; between what a learner has saved and its
-patch in the ledger; between the ledger and the first head; and after a head that names a patch, before the ledger says
-that it is published.
+"""Where a service can be made to die: around the commit of whatever waits; between what a learner has learned and
+its round in the store; between the ledger and the first head; and after a head that names a patch, before the ledger
+says that it is published.
 """
 
 
