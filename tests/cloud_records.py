@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,11 @@ def patch(seq: int, group: str = "g", epoch: int = 1, state: str = "published", 
     )
 
 
+def unused(db: sqlite3.Connection, group: str, limit: int) -> samples.Drawn:
+    """The oldest samples of a group that nobody learnt from."""
+    return samples.numbered(db, [number for number, *_ in samples.waiting(db, group)][:limit])
+
+
 class Kept:
     """A store that is closed at the end, with what it told."""
 
@@ -70,7 +76,7 @@ class Kept:
         ]
 
     def unused(self, limit: int = 1000, group: str = "g") -> list[str]:
-        return [s.sample.key for s in self.read(lambda db: samples.unused(db, group, limit)).samples]
+        return [s.sample.key for s in self.read(lambda db: unused(db, group, limit)).samples]
 
 
 class Acknowledged:
@@ -98,7 +104,7 @@ def contents(store: Store, groups: tuple[str, ...] = ("g", "h")) -> dict[tuple[o
         found: dict[tuple[object, ...], object] = {}
         for group in groups:
             for drawn in (
-                samples.unused(db, group, 10**6),  # type: ignore[arg-type]
+                unused(db, group, 10**6),  # type: ignore[arg-type]
                 samples.replay(db, group, 10**6, newest=10**6, seed=0),  # type: ignore[arg-type]
             ):
                 found |= {

@@ -27,7 +27,7 @@ import zmq.utils.monitor
 
 import exported
 import tiny_bundle
-from relays import Impostor, enrolled, head_message, patch_message
+from impostor import Impostor, enrolled, head_message, patch_message
 from running import PATIENCE_S, Daemon, daemon, process_environment, running
 from serving import until
 from tta_cloud import control, edges, identity

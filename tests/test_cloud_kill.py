@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import exported
+from cloud_records import unused
 from clouds import POINTS, Cloud, Edge, Program, content, look
 from disks import Crashing
 from networks import SIZE
@@ -74,7 +75,7 @@ class Found:
         told: list[str] = []
         store = Store(data, lambda event: told.append(event.detail))
         try:
-            unused = store.read(lambda db: samples.unused(db, GROUP, 10**6))
+            fresh = store.read(lambda db: unused(db, GROUP, 10**6))
             used = store.read(lambda db: samples.replay(db, GROUP, 10**6, newest=10**6, seed=0))
             entries = store.read(lambda db: ledger.entries(db, GROUP, 10**6))
             patches = {
@@ -87,8 +88,8 @@ class Found:
         finally:
             store.close()
         assert told == [], "a kill is no damage"
-        assert unused.damaged == used.damaged == ()
-        there = [each.sample.key for each in (*unused.samples, *used.samples)]
+        assert fresh.damaged == used.damaged == ()
+        there = [each.sample.key for each in (*fresh.samples, *used.samples)]
         assert len(set(there)) == len(there)
         for edge in edges:
             acknowledged = {key for key, (stored, why) in list(edge.acknowledged.items())}

@@ -18,7 +18,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_records import AT_ONCE, EDGE, OTHER, Acknowledged, Kept, contents, key, options, patch, sample
+from cloud_records import (
+    AT_ONCE,
+    EDGE,
+    OTHER,
+    Acknowledged,
+    Kept,
+    contents,
+    key,
+    options,
+    patch,
+    sample,
+    unused,
+)
 from disks import Failing
 from running import PATIENCE_S, process_environment
 from snapshots import files
@@ -240,7 +252,7 @@ def test_closing_commits_what_waits_and_refuses_the_rest(root):
     with pytest.raises(StoreClosed):
         store.submit(samples.insert(sample(200), received_ms=1), told)
     with pytest.raises(StoreClosed):
-        store.read(lambda db: samples.unused(db, "g", 1))
+        store.read(lambda db: unused(db, "g", 1))
     assert sorted(p.name for p in root.iterdir()) == [FILE, "lock"], "the WAL is folded in"
     with Kept(root) as again:
         assert len(again.unused()) == 200
@@ -290,7 +302,7 @@ def test_a_sample_is_found_as_it_was_sent(kept):
     scalar = sample(3, shape=(), x=b"\x07", entropy=2)
     for each in (raw, jpeg, scalar):
         assert kept.call(samples.insert(each, received_ms=7)) == "stored"
-    found = kept.read(lambda db: samples.unused(db, "g", 10)).samples
+    found = kept.read(lambda db: unused(db, "g", 10)).samples
     assert [s.sample for s in found] == [raw, jpeg, scalar]
     assert [(s.number, s.received_ms, s.used) for s in found] == [(1, 7, 0), (2, 7, 0), (3, 7, 0)]
     array = found[0].sample.array()
@@ -431,11 +443,11 @@ def test_a_damaged_sample_is_passed_over_and_can_be_discarded(root, kept):
     kept.insert(*range(4))
     sql(root, "UPDATE samples SET x = ? WHERE key = ?", b"\x00" * 48, key(1))
     sql(root, "UPDATE samples SET entropy = 'high' WHERE key = ?", key(2))
-    drawn = kept.read(lambda db: samples.unused(db, "g", 2))
+    drawn = kept.read(lambda db: unused(db, "g", 4))
     assert [s.sample.key for s in drawn.samples] == [key(0), key(3)]
     assert len(drawn.damaged) == 2
     assert kept.call(samples.discard(drawn.damaged)) == 2
-    assert kept.read(lambda db: samples.unused(db, "g", 9)).damaged == ()
+    assert kept.read(lambda db: unused(db, "g", 9)).damaged == ()
     assert kept.read(lambda db: samples.totals(db, "g")) == samples.Totals(2, 2, 96)
     assert kept.told == [], "a row is no reason to give up the file"
 
@@ -716,7 +728,7 @@ def test_damage_that_is_found_while_running_begins_a_new_store(root, finder):
         for _ in range(40):
             try:
                 if finder == "reader":
-                    store.read(lambda db: samples.unused(db, "g", 100))
+                    store.read(lambda db: unused(db, "g", 100))
                 else:
                     store.call(Operation("check", schema.check))
             except StoreDamaged:

@@ -188,12 +188,6 @@ def consume(db: sqlite3.Connection, group: str, keys: Sequence[str], generation:
 # ------------------------------------------------------------------------------------------ reading
 
 
-def unused(db: sqlite3.Connection, group: str, limit: int) -> Drawn:
-    """The oldest samples of a group that nobody learnt from, in the order of their arrival."""
-    rows = db.execute(f"SELECT {_COLUMNS} FROM samples WHERE grp = ? AND used = 0 ORDER BY number", (group,))
-    return _draw(rows, limit)
-
-
 def waiting(db: sqlite3.Connection, group: str) -> list[tuple[int, str, int]]:
     """Number, edge and time of arrival of the samples that nobody learnt from, oldest first; their bytes are not
     read.
