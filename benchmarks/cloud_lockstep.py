@@ -115,11 +115,12 @@ class Lockstep:
                 learner.learn(x[new], replays)
                 counts["rounds"] += 1
                 sent.used += new
+                proposed = (head + np.float32(args.publish_rate) * (learner.theta - head)).astype(np.float32)
                 held = sent.held[-256:]
                 if held:
                     target = learner.teach(x[held])
                     verdict = judge(
-                        learner.predict(learner.theta, x[held]), learner.predict(head, x[held]), target,
+                        learner.predict(proposed, x[held]), learner.predict(head, x[held]), target,
                         ["edge"] * len(held), GateOptions(min_samples=args.gate_samples),
                     )  # fmt: skip
                     if not verdict.passed and verdict.reason != "few-samples":
@@ -127,7 +128,7 @@ class Lockstep:
                         continue
                 seq += 1
                 sealed, payload = make_patch(
-                    learner.theta, self.engines.bundle.manifest.theta, [self.key],
+                    proposed, self.engines.bundle.manifest.theta, [self.key],
                     bundle_digest=self.trust.bundle_digest, channel="edge", epoch=1, seq=seq,
                     parent_digest=stream.model.digest, samples=len(new),
                     issued_s=int(time.time()), dtype=args.dtype,
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--frozen-teacher", action="store_true")
     parser.add_argument("--paper-teacher", action="store_true", help="its step sees new samples only")
     parser.add_argument("--probation", type=int, default=64)
+    parser.add_argument("--publish-rate", type=float, default=LearnerOptions.publish_rate)
     parser.add_argument("--gate-samples", type=int, default=16)
     parser.add_argument("--max-distance", type=float, default=1.0)
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32")
