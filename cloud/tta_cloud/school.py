@@ -202,18 +202,16 @@ class School:
         new, held = list(found.samples[: len(choice.new)]), list(found.samples[len(choice.new) :])
         before = group.learner.snapshot()
         try:
-            published = self._round(name, group, new, held)
+            self._round(name, group, new, held)
         except CloudError as error:
             group.learner.restore(before)
             if isinstance(error, StaleLearner):  # another store has taken the place of one that was damaged
                 group.generation = self._store.read(lambda db: learners.generation(db, name))
             raise
-        if published is not None:
-            self._published(published)
         return True
 
-    def _round(self, name: str, group: _Group, new: list[Stored], held: list[Stored]) -> Published | None:
-        """Learn, judge and keep it all in one transaction; gives the patch that is to be handed on."""
+    def _round(self, name: str, group: _Group, new: list[Stored], held: list[Stored]) -> None:
+        """Learn, judge, keep it all in one transaction, and hand the patch on."""
         began_s, learned = time.monotonic(), False
         trusted = self._trusted(name, group, new)
         draws = [self._replay(name, group, i) for i in range(self._config.learner.rounds)]
@@ -237,12 +235,11 @@ class School:
         group.generation = self._store.call(change)
         self._stats.learned(name, "learned" if learned else "refused", time.monotonic() - began_s)
         group.held = judges
+        if patch is not None:
+            group.head = candidate
+            self._published(Published(name, patch))  # before all else: edges wait for it
         if learned:
             self._compare(name, group, sorted((*new, *held), key=lambda each: each.number))
-        if patch is None:
-            return None
-        group.head = candidate
-        return Published(name, patch)
 
     def _compare(self, name: str, group: _Group, rows: Sequence[Stored]) -> None:
         """Note how often edges and teacher agree; nothing else depends on it."""
