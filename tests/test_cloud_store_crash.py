@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cloud_records import AT_ONCE, EDGE, Kept, contents, key, options, patch, sample
+from cloud_records import AT_ONCE, EDGE, Kept, contents, key, options, patch, sample, unused
 from running import PATIENCE_S, process_environment
 from tta_cloud import edges, learners, ledger, samples
 from tta_cloud.operations import Operation
@@ -106,7 +106,7 @@ def work(root, seed):
 
     def learn(group):
         while True:
-            new = [s.sample.key for s in store.read(lambda db: samples.unused(db, group, 8)).samples]
+            new = [s.sample.key for s in store.read(lambda db: unused(db, group, 8)).samples]
             if not new:
                 continue
             known[group] |= set(new)
@@ -257,7 +257,7 @@ class History:
             assert kept.told == []
             for group in GROUPS:
                 drawn = [
-                    kept.read(lambda db, g=group: samples.unused(db, g, 10**6)),
+                    kept.read(lambda db, g=group: unused(db, g, 10**6)),
                     kept.read(lambda db, g=group: samples.replay(db, g, 10**6, newest=10**6, seed=0)),
                 ]
                 assert [each.damaged for each in drawn] == [(), ()]
