@@ -39,7 +39,8 @@ from tta_cloud.intake import Intake, IntakeOptions
 from tta_cloud.learner import METHOD, Learner, LearnerOptions
 from tta_cloud.records import Sample
 from tta_cloud.school import Published, School, theta_of
-from tta_cloud.store import Store
+from tta_cloud.store import Store, StoreOptions
+from tta_cloud.writer import GroupCommit
 from tta_edge.streams.order import batches, order
 from tta_edge.streams.preprocess import preprocess
 from tta_edge.streams.shifts import parse_shifts
@@ -326,7 +327,8 @@ class Fleet:
     def _play(
         self, directory: Path, attack: Attack | None, networks: Networks | None, minutes: range
     ) -> Played:
-        store = Store(directory / "data", lambda event: None)
+        alone = StoreOptions(commit=GroupCommit(linger_s=0.0))  # nobody else writes that could be waited for
+        store = Store(directory / "data", lambda event: None, options=alone)
         try:
             played = Played()
             patch = store.read(lambda db: ledger.newest(db, GROUP))
