@@ -147,6 +147,7 @@ class Lockstep:
         return {
             "error": float(np.mean(wrong)),
             "last_error": float(np.mean(wrong[-1000:])),
+            "teacher_last_error": float(np.mean(learner.teach(x[-1000:]).argmax(1) != y[-1000:])),
             "upload_ratio": uploads / len(x),
             "bytes_up": sent.nbytes,
             **counts,
