@@ -19,8 +19,8 @@ from running import PATIENCE_S, REPOSITORY, daemon, process_environment, run_cli
 from tta_edge.cli import app
 from tta_edge.client import Client
 from tta_edge.config import Config, resolve
-from tta_edge.exit_codes import ExitCode
 from tta_runtime import health
+from tta_runtime.exit_codes import ExitCode
 
 DEPLOY = REPOSITORY / "deploy"
 SETTINGS = DEPLOY / "edge.toml"

@@ -19,9 +19,9 @@ from running import PATIENCE_S, REPOSITORY, daemon, process_environment, run_cli
 from snapshots import files
 from tta_edge.cli import main
 from tta_edge.client import Client
-from tta_edge.exit_codes import ExitCode
 from tta_edge.status_view import duration, events_view, findings, status_form, status_view, streams_view
 from tta_edge.wire import BundleStatus, CloudInfo, EventEntry, Requests, StatusReply, StreamStatus
+from tta_runtime.exit_codes import ExitCode
 
 STREAM_KEYS = {"id", "method", "steps", "theta_digest", "distance", "entropy", "state", "last_event"}
 NOBODY = "tcp://127.0.0.1:9"

@@ -23,7 +23,6 @@ import tiny_bundle
 from disks import Unsynced
 from running import process_environment, run_cli, running
 from tta_edge.errors import SampleRefused, SpoolDamaged, SpoolUnwritable
-from tta_edge.exit_codes import ExitCode
 from tta_edge.spool import Spool, saved_counters
 from tta_edge.spool_acks import COMPACT_BYTES
 from tta_edge.spool_directory import ack_files, batches, discard, rewriting, survey
@@ -37,6 +36,7 @@ from tta_edge.spool_file import (
     encode_file,
     encode_record,
 )
+from tta_runtime.exit_codes import ExitCode
 
 EXAMPLES = int(os.environ.get("TTA_EXAMPLES", "300"))
 NONCE = bytes(range(16))

@@ -12,10 +12,10 @@ import typer
 
 from tta_cloud.commands_doctor import doctor
 from tta_cloud.commands_patches import patches
-from tta_cloud.exit_codes import HELP as EPILOG
 from tta_cloud.exit_codes import exit_code
 from tta_cloud.options import STORE, AsJson, StoreDirectory, print_json
 from tta_runtime.errors import TtaError
+from tta_runtime.exit_codes import HELP as EPILOG
 
 app = typer.Typer(
     name="tta-cloud",

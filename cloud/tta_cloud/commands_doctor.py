@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tta_cloud.exit_codes import ExitCode
+from tta_runtime.exit_codes import ExitCode
 
 
 def doctor(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tta_cloud.exit_codes import HELP
 from tta_cloud.options import STORE, AsJson, StoreDirectory, print_json
+from tta_runtime.exit_codes import HELP
 
 if TYPE_CHECKING:
     from tta_cloud.control import Answer

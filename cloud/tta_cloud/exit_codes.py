@@ -1,8 +1,6 @@
-"""What the exit status of every command means, and which error ends in which."""
+"""Which error ends a command in which exit status."""
 
 from __future__ import annotations
-
-from enum import IntEnum
 
 from tta_cloud.errors import NothingToDo, NotPinnable, Refused, UnknownEdge, UnknownGroup, UnknownPatch
 from tta_runtime.errors import (
@@ -14,23 +12,7 @@ from tta_runtime.errors import (
     ThetaError,
     TtaError,
 )
-
-
-class ExitCode(IntEnum):
-    """Exit status of a command; 0 and 2 are also what the command line parser itself uses."""
-
-    OK = 0
-    NEGATIVE = 1
-    USAGE = 2
-    UNAVAILABLE = 3
-    BAD_DATA = 4
-    INTERRUPTED = 130
-
-
-HELP = (
-    "Exit codes: 0 ok, 1 a check failed or the result is negative, 2 usage or configuration error, "
-    "3 cannot reach, bind or serve, 4 bad bundle or data, 130 interrupted."
-)
+from tta_runtime.exit_codes import ExitCode, code_of
 
 _BY_ERROR: tuple[tuple[type[TtaError], ExitCode], ...] = (
     (ConfigError, ExitCode.USAGE),
@@ -50,4 +32,4 @@ _BY_ERROR: tuple[tuple[type[TtaError], ExitCode], ...] = (
 
 def exit_code(error: TtaError) -> ExitCode:
     """The exit status of a command that ends with an error."""
-    return next((code for kind, code in _BY_ERROR if isinstance(error, kind)), ExitCode.UNAVAILABLE)
+    return code_of(error, _BY_ERROR, ExitCode.UNAVAILABLE)

@@ -20,8 +20,9 @@ from tta_edge.commands_spool import spool
 from tta_edge.commands_stream import demo, evaluate, stream
 from tta_edge.options import BundleDirectory, ConfigFile, HyperSettings, given, with_settings
 from tta_runtime.errors import BadValue, TtaError
+from tta_runtime.exit_codes import HELP
 
-EPILOG = exit_codes.HELP
+EPILOG = HELP
 
 app = typer.Typer(
     name="tta-edge",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tta_edge.exit_codes import HELP
 from tta_edge.options import ConfigFile, HyperSettings
+from tta_runtime.exit_codes import HELP
 
 if TYPE_CHECKING:
     from tta_edge.config import Resolved

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tta_edge.exit_codes import ExitCode
 from tta_edge.options import BundleDirectory, ConfigFile, HyperSettings, given, with_settings
+from tta_runtime.exit_codes import ExitCode
 
 KEYS = (
     "bundle", "bundles", "method", "state_dir", "bind", "allow_remote", "http", "threads", "policy", "step_batch",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tta_edge.exit_codes import HELP
+from tta_runtime.exit_codes import HELP
 
 if TYPE_CHECKING:
     from tta_edge.spool_directory import Survey

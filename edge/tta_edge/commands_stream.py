@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tta_edge.commands_operate import ENDPOINT, To
-from tta_edge.exit_codes import ExitCode
 from tta_edge.output import check_output, write_output
+from tta_runtime.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from rich.console import Console
