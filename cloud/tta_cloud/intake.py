@@ -194,7 +194,8 @@ def choose(
     surplus = [each for queue in queues.values() for each in queue[: -options.max_waiting]]
     given_up = {each.number for each in surplus}
     left = [each for each in waiting if each.number not in given_up]
-    fresh = [each for each in left if not held_out(each.number)]
+    aside = {each.number for each in left if held_out(each.number)}
+    fresh = [each for each in left if each.number not in aside]
     share = fair_share(senders, options)
     places = balanced([each.edge for each in fresh], wanted, share)
     numbers = tuple(sorted(given_up))
@@ -202,7 +203,7 @@ def choose(
         # One edge alone may not fill a round where others are; what it has waits for theirs.
         return Chosen((), (), numbers)
     new = tuple(fresh[place].number for place in places)
-    held = tuple(each.number for each in left if held_out(each.number) and each.number < new[-1])
+    held = tuple(sorted(number for number in aside if number < new[-1]))
     return Chosen(new, held, numbers)
 
 
