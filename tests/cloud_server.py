@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from networks import SIZE
-from running import PATIENCE_S
+from running import threaded
 from tta_cloud import control, edges, identity
 from tta_cloud.config import Config
 from tta_cloud.control import LetEnrol
@@ -36,26 +35,8 @@ def serving(store: Path, bundle: Path, **settings: Any) -> Iterator[CloudServer]
         "enroll_bind": "tcp://127.0.0.1:0", "head_every_s": 0.2, "learner": LearnerOptions(new=8, replay=8, rounds=1),
     }  # fmt: skip
     server = start(Config(**{**options, **settings}))
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            server.run()
-        except BaseException as error:  # noqa: BLE001 - raised below
-            failures.append(error)
-            server.ready.set()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    assert server.ready.wait(PATIENCE_S)
-    try:
-        if failures:
-            raise failures[0]
+    with threaded(server, "the cloud"):
         yield server
-    finally:
-        server.stop()
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive(), "the cloud does not stop"
 
 
 def ticket(

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from tta_edge.config import Config
 from tta_edge.service import Server
@@ -19,6 +19,18 @@ from tta_runtime.atomic import DISK, Disk
 
 PATIENCE_S = 60.0
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class Runs(Protocol):
+    """What a service of either kind offers to those who start it."""
+
+    ready: threading.Event
+
+    def run(self) -> None:
+        """Until it is stopped."""
+
+    def stop(self) -> None:
+        """End `run`; for any thread."""
 
 
 @contextmanager
@@ -29,6 +41,13 @@ def running(bundle: Path, *, disk: Disk = DISK, **settings: object) -> Iterator[
     """
     defaults = {"bundle": str(bundle), "bind": "tcp://127.0.0.1:0", "http": "off", "threads": 1}
     server = Server(Config(**{**defaults, **settings}), disk=disk)
+    with threaded(server, "the daemon"):
+        yield server
+
+
+@contextmanager
+def threaded(server: Runs, name: str) -> Iterator[None]:
+    """A service in a thread of this process, ready; stopped at the end. What made it fail is raised here."""
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -38,17 +57,17 @@ def running(bundle: Path, *, disk: Disk = DISK, **settings: object) -> Iterator[
             failures.append(error)
             server.ready.set()
 
-    thread = threading.Thread(target=run, name="daemon-under-test", daemon=True)
+    thread = threading.Thread(target=run, name=f"{name} under test", daemon=True)
     thread.start()
-    assert server.ready.wait(PATIENCE_S), "the daemon is not ready"
+    assert server.ready.wait(PATIENCE_S), f"{name} is not ready"
     try:
         if failures:
             raise failures[0]
-        yield server
+        yield
     finally:
         server.stop()
         thread.join(PATIENCE_S)
-        assert not thread.is_alive(), "the daemon does not stop"
+        assert not thread.is_alive(), f"{name} does not stop"
     if failures:
         raise failures[0]
 
