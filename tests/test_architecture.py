@@ -36,9 +36,9 @@ FOLDERS = {
 # What each package may import besides the standard library and itself.
 MAY_IMPORT = {
     "tta_runtime": {"numpy", "onnxruntime", "tensorrt", "msgpack", "msgspec", "cryptography", "safetensors"}
-    | {"prometheus_client", "tomli"},
+    | {"prometheus_client", "tomli", "PIL"},
     "tta_edge": {"tta_runtime", "numpy", "zmq", "typer", "rich", "msgpack", "msgspec"}
-    | {"prometheus_client", "tomli", "PIL", "matplotlib"},
+    | {"prometheus_client", "tomli", "matplotlib"},
     "tta_adapters": {"torch"},
     "tta_exporters": {"tta_adapters", "tta_runtime", "torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime"}
     | {"numpy", "msgspec", "safetensors", "typer", "rich", "timm", "torchvision", "transformers"}
@@ -49,8 +49,8 @@ MAY_IMPORT = {
 
 # What is in no core install: imported inside functions only, where its absence gets a named error.
 ONLY_IN_FUNCTIONS = {
-    "tta_runtime": {"onnxruntime", "tensorrt"},
-    "tta_edge": {"PIL", "matplotlib"},
+    "tta_runtime": {"onnxruntime", "tensorrt", "PIL"},
+    "tta_edge": {"matplotlib"},
     "tta_exporters": {"timm", "torchvision", "transformers", "tensorrt", "tensorrt_rtx"},
 }
 

@@ -17,13 +17,12 @@ from tta_edge.streams.errors import (
     BadImages,
     BadSeverity,
     FrostPhotosMissing,
-    ImagesExtraMissing,
     ShiftNeedsColour,
     SourceMalformed,
     UnknownShift,
 )
 from tta_edge.streams.shifts import COMMON, EXTRA, NAMES, Shift, corrupt, parse_shift, parse_shifts
-from tta_runtime.errors import ConfigError, InputError
+from tta_runtime.errors import ConfigError, ImagesExtraMissing, InputError
 
 SETS = ("cifar", "imagenet", "digits")
 WITHOUT_PHOTOS = [name for name in NAMES if name != "frost"]

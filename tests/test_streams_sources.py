@@ -17,7 +17,6 @@ from stream_images import smooth
 from tta_edge.streams import npz
 from tta_edge.streams.errors import (
     BuiltinMissing,
-    ImagesExtraMissing,
     InputMismatch,
     ShiftNotGiven,
     SourceMalformed,
@@ -30,7 +29,7 @@ from tta_edge.streams.errors import (
 from tta_edge.streams.shifts import COMMON, Shift, corrupt
 from tta_edge.streams.source import Source, align_labels
 from tta_edge.streams.sources import open_source
-from tta_runtime.errors import ConfigError, InputError
+from tta_runtime.errors import ConfigError, ImagesExtraMissing, InputError
 
 X = smooth(7, 12)
 Y = np.array([0, 1, 2, 0, 1, 2, 0])

@@ -16,7 +16,7 @@ import numpy as np
 from tta_cloud.errors import DamagedRecord
 from tta_cloud.learner import Learner
 from tta_cloud.operations import Operation
-from tta_cloud.records import Stored, seal
+from tta_cloud.records import Stored, seal, stacked
 from tta_runtime.theta import Vector
 
 RECENT = 256
@@ -60,7 +60,7 @@ def compare(
     thetas = {seq: theta for seq in places if (theta := base(seq)) is not None}
     if not thetas:
         return {}
-    x = np.stack([each.sample.array() for each in rows])
+    x = stacked(rows, learner.form)
     wanted, same = learner.teach(x).argmax(axis=1), np.zeros(len(rows), dtype=bool)
     for seq, theta in thetas.items():
         at = places[seq]

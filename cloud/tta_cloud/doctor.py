@@ -16,7 +16,7 @@ from tta_cloud import identity
 from tta_cloud.config import Config
 from tta_cloud.control import is_served
 from tta_cloud.identity import Identity
-from tta_cloud.learner import METHOD, Learner, check_fit
+from tta_cloud.learner import METHOD, Learner, check_fit, image_form
 from tta_cloud.start import check_endpoint
 from tta_cloud.teacher import open_student, open_teacher
 from tta_runtime import machine
@@ -24,8 +24,9 @@ from tta_runtime.checks import Check, fail, ok, warn
 from tta_runtime.endpoint import is_loopback
 from tta_runtime.endpoint import parse as parse_endpoint
 from tta_runtime.engine import EngineOptions
-from tta_runtime.errors import TtaError
+from tta_runtime.errors import ImagesExtraMissing, TtaError
 from tta_runtime.health import OFF
+from tta_runtime.jpeg import needs_pillow
 from tta_runtime.model import Engines, Model
 
 SOON_S = 30 * 86_400
@@ -64,6 +65,7 @@ def checks(
     yield machine.clock()
     found, student = check_student(config)
     yield found
+    yield check_images(student)
     found, teacher = check_teacher(config, student)
     yield found
     yield check_learners(config, student, teacher)
@@ -135,6 +137,18 @@ def check_student(config: Config) -> tuple[Check, Engines | None]:
     manifest = student.bundle.manifest
     text = f"{manifest.model_id}, {manifest.classes} classes, theta of {manifest.theta.size}"
     return ok("student", f"{text}, digest {student.bundle.digest[:12]}"), student
+
+
+def check_images(student: Engines | None) -> Check:
+    """What edges may send as JPEG can be read here."""
+    if student is None or image_form(student) is None:
+        return ok("images", "none that edges could send as JPEG are known of")
+    try:
+        needs_pillow()
+    except ImagesExtraMissing as error:
+        text = "Pillow is missing: what edges send as JPEG (`upload_encoding`) waits with them"
+        return warn("images", text, error.fix)
+    return ok("images", "JPEG can be read")
 
 
 def check_teacher(config: Config, student: Engines | None) -> tuple[Check, Engines | None]:

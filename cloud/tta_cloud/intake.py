@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tta_cloud.gate import held_out
-from tta_cloud.learner import METHOD
-from tta_runtime.errors import EngineError, InputError
+from tta_cloud.learner import METHOD, image_form
+from tta_runtime import jpeg
+from tta_runtime.errors import EngineError, InputError, JpegRefused
+from tta_runtime.link import Encoding
 from tta_runtime.model import Engines, Model
 from tta_runtime.numerics import entropy, softmax
 from tta_runtime.theta import Vector
@@ -105,9 +107,13 @@ class Intake:
     Args:
         student: graphs of the edges' bundle.
         options: see :class:`IntakeOptions`.
+
+    Attributes:
+        form: of the images that the student takes; None where it takes none that a JPEG can hold.
     """
 
     def __init__(self, student: Engines, options: IntakeOptions) -> None:
+        self.form = image_form(student)
         self._student = student
         self._options = options
         self._models: dict[str, Model] = {}
@@ -122,14 +128,25 @@ class Intake:
         """
         self._model(group).swap(theta)
 
-    def refused(self, group: str, edge: str, x: NDArray[Any]) -> str:
+    def refused(self, group: str, edge: str, x: NDArray[Any], encoding: Encoding = "raw") -> str:
         """Why a sample is refused before it is stored; "" where it is taken.
 
         Args:
             group: of the edge.
             edge: that sends it.
-            x: [...], one sample.
+            x: [...], one sample; a JPEG file as uint8 [n].
+            encoding: which of both.
+
+        Raises:
+            ImagesExtraMissing: it is a JPEG, and Pillow is not installed.
         """
+        try:
+            if encoding == "jpeg":
+                if self.form is None:
+                    return "bad-encoding"
+                x = jpeg.decode(x.tobytes(), self.form)
+        except JpegRefused as error:
+            return error.code
         try:
             logits = self._model(group).predict(x[None]).logits
         except (InputError, EngineError):

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from tta_cloud.errors import SnapshotUnreadable, TeacherUnfit
 from tta_runtime.arrays import is_finite
-from tta_runtime.errors import EmptyBatch, StateError
+from tta_runtime.errors import EmptyBatch, NotAnImage, StateError
 from tta_runtime.files import reason
+from tta_runtime.jpeg import ImageForm, form_of
 from tta_runtime.model import Checkpoint, Engines, Model, Step
 from tta_runtime.theta import Vector
 
@@ -108,6 +109,7 @@ class Learner:
 
     Attributes:
         rounds: how many were made.
+        form: of the images that both take; None where they take none that a JPEG can hold.
 
     Raises:
         UnknownMethod: a bundle has no `distill`.
@@ -129,6 +131,7 @@ class Learner:
         )
         self._teacher = Model(teacher, METHOD, hyper={"lr": options.teacher_lr, **ENTROPY_ONLY})
         check_fit(self._student, self._teacher)
+        self.form = image_form(student)
         self.rounds = 0
 
     @property
@@ -275,6 +278,14 @@ class Learner:
             ThetaError: it does not fit.
         """
         self._student.swap(theta)
+
+
+def image_form(student: Engines) -> ImageForm | None:
+    """What JPEG files of a student's inputs are like; None where there can be none."""
+    try:
+        return form_of(student.bundle.manifest.input)
+    except NotAnImage:
+        return None
 
 
 def _committed(model: Model, step: Step) -> bool:

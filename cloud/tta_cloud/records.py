@@ -17,6 +17,8 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from tta_cloud.errors import BadRecord, DamagedRecord
+from tta_runtime import jpeg
+from tta_runtime.jpeg import ImageForm
 
 MAX_TEXT = 1024
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -67,14 +69,21 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=2**31)], ...], Meta(max_length=8)]
     x: Annotated[bytes, Meta(min_length=1)]
 
-    def array(self) -> NDArray[Any]:
-        """The array, read-only, without a copy.
+    def array(self, form: ImageForm | None = None) -> NDArray[Any]:
+        """The array as the model takes it; without a copy and read-only where it is no JPEG.
+
+        Args:
+            form: of the model's images; None where it takes none.
 
         Raises:
-            BadRecord: it is a JPEG, which this package does not decode.
+            BadRecord: it is a JPEG, and the model takes no images.
+            JpegRefused: it is not one that the model's images can be.
+            ImagesExtraMissing: Pillow is not installed.
         """
-        if self.encoding != "raw":
-            raise BadRecord(f"sample {self.key} is {self.encoding}, not raw", "Decode its bytes")
+        if self.encoding == "jpeg":
+            if form is None:
+                raise BadRecord(f"sample {self.key} is a JPEG, the model takes no images", "Delete it")
+            return jpeg.decode(self.x, form)
         return np.frombuffer(self.x, np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape)
 
 
@@ -92,6 +101,11 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     sample: Sample
     received_ms: Int64
     used: Count
+
+
+def stacked(rows: Sequence[Stored], form: ImageForm | None) -> NDArray[Any]:
+    """[n, ...], the arrays of at least one sample; raises as `Sample.array`."""
+    return np.stack([each.sample.array(form) for each in rows])
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ from tta_cloud.intake import RECORD, Looked, Waits, balanced, choose, divergence
 from tta_cloud.learner import Learner
 from tta_cloud.operations import together
 from tta_cloud.publishing import build
-from tta_cloud.records import Patch, Stored
+from tta_cloud.records import Patch, Stored, stacked
 from tta_cloud.stats import Stats
 from tta_cloud.store import Store
 from tta_runtime.bundle import Bundle
@@ -203,7 +203,7 @@ class School:
         before = group.learner.snapshot()
         try:
             self._round(name, group, new, held)
-        except CloudError as error:
+        except TtaError as error:
             group.learner.restore(before)
             if isinstance(error, StaleLearner):  # another store has taken the place of one that was damaged
                 group.generation = self._store.read(lambda db: learners.generation(db, name))
@@ -217,7 +217,7 @@ class School:
         draws = [self._replay(name, group, i) for i in range(self._config.learner.rounds)]
         judges, patch, candidate = _jury([*group.held, *held]), None, group.head
         try:
-            x = np.stack([each.sample.array() for each in trusted])
+            x = stacked(trusted, group.learner.form)
             learned = not group.learner.learn(x, draws).refused
             if learned:
                 candidate = self._candidate(group)
@@ -299,7 +299,7 @@ class School:
         ]
         share = fair_share(group.senders, self._config.intake)
         taken = balanced([each.sample.edge for each in known], options.replay, share)
-        return np.stack([known[place].sample.array() for place in taken]) if taken else nothing
+        return stacked([known[place] for place in taken], group.learner.form) if taken else nothing
 
     def _candidate(self, group: _Group) -> Vector:
         """What a patch would carry: part of the way from the head to the student.
@@ -396,7 +396,7 @@ class School:
                 return found
         if not judges:
             return Verdict(False, "few-samples", float("nan"), float("nan"), 0)
-        x = np.stack([each.sample.array() for each in judges])
+        x = stacked(judges, learner.form)
         edges = [each.sample.edge for each in judges]
         return judge(
             learner.predict(candidate, x),
@@ -484,7 +484,7 @@ def _newest(db: sqlite3.Connection, group: str) -> list[Stored]:
 
 def _look(group: _Group, stored: list[Stored]) -> None:
     """Put what the networks make of samples into the records of their edges."""
-    x = np.stack([each.sample.array() for each in stored])
+    x = stacked(stored, group.learner.form)
     target, (logits, features) = group.learner.teach(x), group.learner.looks(x)
     for each, value, row in zip(stored, divergences(target, logits), features, strict=True):
         record = group.records.setdefault(each.sample.edge, deque(maxlen=RECORD))

@@ -48,7 +48,7 @@ from tta_cloud.store import Store, StoreEvent
 from tta_cloud.watching import Watching
 from tta_runtime import __version__
 from tta_runtime import sealed as seals
-from tta_runtime.errors import TtaError
+from tta_runtime.errors import ImagesExtraMissing, TtaError
 from tta_runtime.health import OFF, HealthServer
 from tta_runtime.link import (
     Accepted,
@@ -378,18 +378,19 @@ class CloudServer:
         self, socket: zmq.Socket[bytes], session: CloudSession, arrived: Arrived, message: Sample
     ) -> None:
         edge, x = self._edge(arrived.user), np.array(arrived.tensors["x"])
-        known = message.encoding == "raw"
-        reason = self._intake.refused(edge.group, edge.key, x) if known else "bad-encoding"
+        reason = self._intake.refused(edge.group, edge.key, x, message.encoding)
         if reason:
             self._stats.came(edge.group, reason)
             self._note(samples.refuse(edge.group, reason))
             reply = Accepted(id=message.id, key=message.key, stored=False, reason=reason)
             self._send(socket, session, session.answer(arrived, reply))
             return
+        pixels = self._intake.form if message.encoding == "jpeg" else None
         stored = StoredSample(
             key=message.key, edge=edge.key, group=edge.group, stream=message.stream, taken_ms=message.taken_ms,
-            seq=message.seq, entropy=message.entropy, encoding="raw", dtype=message.x.dtype,  # type: ignore[arg-type]
-            shape=tuple(message.x.shape), x=x.tobytes(),
+            seq=message.seq, entropy=message.entropy, encoding=message.encoding, x=x.tobytes(),
+            dtype=message.x.dtype,  # type: ignore[arg-type]
+            shape=tuple(message.x.shape) if pixels is None else pixels.shape,
         )  # fmt: skip
         most = self._config.intake.quota_per_minute
         insert = samples.insert(
@@ -878,8 +879,10 @@ def _answer_of(entry: Entry) -> control.Answer:
 
 
 def _for_later(error: TtaError) -> TtaError:
-    """What the store cannot do now is no fault of the request: the edge keeps its sample and asks again."""
-    if not isinstance(error, StoreError) or isinstance(error, StoreBusy):
+    """What the store or this machine cannot do now is no fault of the request: the edge keeps its sample and asks
+    again.
+    """
+    if not isinstance(error, (StoreError, ImagesExtraMissing)) or isinstance(error, StoreBusy):
         return error
     busy = Busy(f"{error.code}: {error.cause}", error.fix)
     busy.retry_after_s = STORE_RETRY_S

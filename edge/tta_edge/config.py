@@ -75,6 +75,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Most samples sent in a minute, over all streams; 0 for no limit."""
     upload_bytes_per_minute: Annotated[int, Meta(ge=0)] = 0
     """Most bytes sent in a minute; 0 for no limit."""
+    upload_encoding: Literal["lossless", "jpeg"] = "lossless"
+    """How samples go to the cloud: the very bytes, or as JPEG, for images of one or three channels and of one size;
+    needs Pillow here and there. Budgets and the spool count what is sent."""
+    upload_jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 90
+    """Of those JPEG files, as libjpeg has it."""
     max_spool_samples: Annotated[int, Meta(ge=8)] = 10_000
     """Most samples that wait on disk for the cloud; beyond it the oldest are dropped."""
     max_spool_bytes: Annotated[int, Meta(ge=65_536)] = 256 * 1024 * 1024

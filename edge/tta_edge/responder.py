@@ -31,7 +31,7 @@ from tta_edge.hosting import Host, load, load_all, wanted
 from tta_edge.policy import Policy
 from tta_edge.registry import Registry
 from tta_edge.saver import Saver
-from tta_edge.sending import Sender
+from tta_edge.sending import Sender, encoder
 from tta_edge.session import Arrived, error_reply
 from tta_edge.spool import Spool
 from tta_edge.stats import Figures, Stats
@@ -96,6 +96,7 @@ class Responder:
     Raises:
         BundleError, MethodError, EngineError: a bundle cannot be served.
         StateDirUnusable, StateDirInUse: of the state directory.
+        NotAnImage, ImagesExtraMissing: samples are to go to the cloud as JPEG and cannot.
     """
 
     def __init__(
@@ -140,6 +141,9 @@ class Responder:
         for host in self._hosts.values():
             check_mode(config.mode, host)
         enrolment = _enrolment(config) if config.mode in TAUGHT else None
+        sends = enrolment is not None and config.upload != "off"
+        first = self._hosts[self._default].engines.bundle.manifest.input
+        jpegs = encoder(config.upload_encoding, config.upload_jpeg_quality, first) if sends else None
         if config.state_dir is not None:
             self._store = StateStore(
                 Path(config.state_dir),
@@ -179,12 +183,13 @@ class Responder:
             self._bases.open(host)
         self._cloud = None if enrolment is None else self._linked(config, enrolment)
         self._sender = Sender(
-            "off" if self._cloud is None else config.upload,
+            config.upload if sends else "off",
             share=config.upload_share,
             samples_per_minute=config.upload_samples_per_minute,
             bytes_per_minute=config.upload_bytes_per_minute,
             send=lambda uploads: None if self._cloud is None else self._cloud.send(uploads),
             seed=config.seed,
+            encoder=jpegs,
         )
         self._reloading: set[str] = set()
         self._registry.restore_all(self._hosts)

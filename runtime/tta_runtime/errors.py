@@ -268,6 +268,42 @@ class WrongBatch(InputError):
     code = "wrong-batch"
 
 
+class JpegRefused(InputError):
+    """A sample that came as a JPEG file is not one that the model's images can be."""
+
+    code = "jpeg-refused"
+
+
+class JpegMalformed(JpegRefused):
+    """It is no JPEG, has segments that an image does not need, bytes after its end, or cannot be decoded."""
+
+    code = "jpeg-malformed"
+
+
+class JpegTruncated(JpegRefused):
+    """It ends before its image does."""
+
+    code = "jpeg-truncated"
+
+
+class JpegNotBaseline(JpegRefused):
+    """It is progressive, lossless, or arithmetically coded."""
+
+    code = "jpeg-not-baseline"
+
+
+class JpegWrongSize(JpegRefused):
+    """It says that it has another height or width than the model's images."""
+
+    code = "jpeg-wrong-size"
+
+
+class JpegWrongMode(JpegRefused):
+    """It says that it has other channels (CMYK, grey for colour) or deeper ones than the model's images."""
+
+    code = "jpeg-wrong-mode"
+
+
 # ------------------------------------------------------------------------------------------ theta and state
 
 
@@ -404,6 +440,18 @@ class BadValue(ConfigError):
     """A value has the wrong type or is out of range."""
 
     code = "bad-value"
+
+
+class ImagesExtraMissing(ConfigError):
+    """Pillow is needed and not installed."""
+
+    code = "images-extra-missing"
+
+
+class NotAnImage(ConfigError):
+    """The model's input is not what a JPEG can hold."""
+
+    code = "not-an-image"
 
 
 # ---------------------------------------------------------------------------------------------- frames

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tta_edge.streams import ops
 from tta_edge.streams.draws import Draws
 from tta_edge.streams.ops import Floats
-from tta_edge.streams.pillow import pillow_image
+from tta_runtime.pillow import pillow_image
 
 PUBLISHED_ELASTIC_SIDE: dict[str, int] = {"imagenet": 244}
 """The published ImageNet constants are multiples of 244 pixels, not of 224."""

@@ -15,12 +15,6 @@ class StreamError(TtaError):
     code = "stream"
 
 
-class ImagesExtraMissing(StreamError, ConfigError):
-    """Pillow is needed and not installed."""
-
-    code = "images-extra-missing"
-
-
 class PlotsExtraMissing(StreamError, ConfigError):
     """Matplotlib is needed and not installed."""
 

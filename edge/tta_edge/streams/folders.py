@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tta_edge.streams.errors import SourceMalformed, SourceMissing, SourceTooLarge
-from tta_edge.streams.pillow import pillow_image
 from tta_edge.streams.source import Images, Source
+from tta_runtime.pillow import pillow_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_IMAGE_VALUES = 64 << 20

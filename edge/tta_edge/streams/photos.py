@@ -11,7 +11,7 @@ from tta_edge.streams import ops
 from tta_edge.streams.constants import ConstantSet
 from tta_edge.streams.errors import FrostPhotosMissing, SourceMalformed
 from tta_edge.streams.ops import Floats
-from tta_edge.streams.pillow import pillow_image
+from tta_runtime.pillow import pillow_image
 
 FROST_DIR_VARIABLE = "TTA_FROST_DIR"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -28,8 +28,8 @@ from tta_edge.streams.errors import (
     UnknownShift,
 )
 from tta_edge.streams.ops import Floats
-from tta_edge.streams.pillow import pillow_image
 from tta_runtime.errors import did_you_mean
+from tta_runtime.pillow import pillow_image
 
 Recipe = Callable[[Floats, Any, Draws], Floats]
 

@@ -1,11 +1,11 @@
-"""The one place that imports Pillow: it decodes image folders and writes JPEG, and nothing else needs it."""
+"""The one place that imports Pillow: it decodes image folders, reads and writes JPEG, and nothing else needs it."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
-from tta_edge.streams.errors import ImagesExtraMissing
+from .errors import ImagesExtraMissing
 
 
 def pillow_image(need: str) -> ModuleType:
