@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from tta_cloud.gate import HOLD_OUT, GateOptions, judge
 from tta_cloud.learner import Learner, LearnerOptions
 from tta_edge.adapt import Guards, Stream
 from tta_edge.probation import Probation
+from tta_edge.sending import encoder
 from tta_edge.streams.order import batches, order
 from tta_edge.streams.preprocess import preprocess
 from tta_edge.streams.shifts import parse_shifts
 from tta_edge.streams.sources import open_source
 from tta_edge.upload import FILTERS, Filter
+from tta_runtime import jpeg
 from tta_runtime.bundle import Bundle
 from tta_runtime.engine import EngineOptions
 from tta_runtime.model import Engines, Model
@@ -35,6 +37,7 @@ from tta_runtime.patch import Trust, make_patch, verify_patch
 from tta_runtime.root import Root, named
 from tta_runtime.sealed import encode
 from tta_runtime.signing import SecretKey
+from tta_runtime.theta import Vector
 
 
 @dataclass
@@ -54,7 +57,10 @@ class Lockstep:
         options = EngineOptions(threads=args.threads)
         bundle = Bundle.open(args.student)
         self.args = args
-        self.engines = Engines.load(bundle, methods=["source", "distill", args.method], options=options)
+        # Where the statistics are not the edge's own, nothing of it may move them.
+        self.method = args.method if args.statistics == "edge" else "source"
+        self.encoder = encoder(args.encoding, args.quality, bundle.manifest.input)
+        self.engines = Engines.load(bundle, methods=["source", "distill", self.method], options=options)
         self.teacher = Engines.load(Bundle.open(args.teacher), methods=["distill"], options=options)
         self.key = SecretKey.generate()
         root = Root(
@@ -63,9 +69,23 @@ class Lockstep:
         )  # fmt: skip
         self.trust = Trust(root, bundle.digest, "edge", epoch=1)
 
+    def served(self, theta: Vector) -> Vector:
+        """What the edge is given to serve of a patch, [P]."""
+        if self.args.statistics != "source":
+            return theta
+        trained = self.engines.bundle.manifest.theta.trained
+        return np.concatenate([theta[:trained], self.engines.bundle.theta0[trained:]])
+
+    def sent(self, x: NDArray[Any]) -> tuple[int, NDArray[Any]]:
+        """Bytes of one sample on its way, and what the cloud makes of them."""
+        if self.encoder is None:
+            return x.nbytes, x
+        data = jpeg.encode(x, self.encoder.form, self.encoder.quality)
+        return len(data), jpeg.decode(data, self.encoder.form)
+
     def play(self, x: NDArray[Any], y: NDArray[np.int64]) -> dict[str, Any]:
         """One stream, in order."""
-        args = self.args
+        args, seen = self.args, np.zeros_like(x)  # by the cloud, of what was sent
         draw = np.random.default_rng(args.seed)
         learner = Learner(
             self.engines, self.teacher,
@@ -77,7 +97,7 @@ class Lockstep:
         )  # fmt: skip
         stream = Stream(
             "edge",
-            Model(self.engines, args.method),
+            Model(self.engines, self.method),
             Guards(max_distance=args.max_distance, reset_every_steps=0),
         )
         choose: Filter = FILTERS[args.filter](args.share)
@@ -100,27 +120,28 @@ class Lockstep:
                     candidate = probation = None
             choice, choose = choose.choose(answer.logits, draw.random(len(batch)))
             for place in np.flatnonzero(choice.keep) + begin:
-                sent.nbytes += x[place].nbytes
+                nbytes, seen[place] = self.sent(x[place])
+                sent.nbytes += nbytes
                 held = draw.integers(1 << 62) % HOLD_OUT == 0
                 (sent.held if held else sent.waiting).append(int(place))
             while len(sent.waiting) >= learner.options.new:
                 new, sent.waiting = sent.waiting[: learner.options.new], sent.waiting[learner.options.new :]
                 pool = sent.used[-10_000:]
                 replays = [
-                    x[draw.choice(pool, min(args.replay, len(pool)), replace=False)]
+                    seen[draw.choice(pool, min(args.replay, len(pool)), replace=False)]
                     if pool and args.replay
-                    else x[:0]
+                    else seen[:0]
                     for _ in range(args.rounds)
                 ]
-                learner.learn(x[new], replays)
+                learner.learn(seen[new], replays)
                 counts["rounds"] += 1
                 sent.used += new
                 proposed = (head + np.float32(args.publish_rate) * (learner.theta - head)).astype(np.float32)
                 held = sent.held[-256:]
                 if held:
-                    target = learner.teach(x[held])
+                    target = learner.teach(seen[held])
                     verdict = judge(
-                        learner.predict(proposed, x[held]), learner.predict(head, x[held]), target,
+                        learner.predict(proposed, seen[held]), learner.predict(head, seen[held]), target,
                         ["edge"] * len(held), GateOptions(min_samples=args.gate_samples),
                     )  # fmt: skip
                     if not verdict.passed and verdict.reason != "few-samples":
@@ -141,7 +162,7 @@ class Lockstep:
                 counts["patches"] += 1
                 head = verified.theta
                 # A newer patch takes the place of one on probation, and goes on with what was seen.
-                candidate = head
+                candidate = self.served(head)
                 probation = probation or Probation.begin(stream.model.manifest.classes, args.probation)
         uploads = len(sent.waiting) + len(sent.used) + len(sent.held)
         return {
@@ -150,6 +171,7 @@ class Lockstep:
             "teacher_last_error": float(np.mean(learner.teach(x[-1000:]).argmax(1) != y[-1000:])),
             "upload_ratio": uploads / len(x),
             "bytes_up": sent.nbytes,
+            "bytes_per_sample": sent.nbytes / uploads if uploads else 0.0,
             **counts,
         }
 
@@ -173,8 +195,8 @@ def streams(args: argparse.Namespace) -> Iterator[tuple[str, NDArray[Any], NDArr
         yield "series", np.concatenate([x for _, x, _ in found]), np.concatenate([y for _, _, y in found])
 
 
-def main() -> None:
-    """All streams."""
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """What was asked for; without `given` on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -187,6 +209,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5000, help="of each shift")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--method", default="auto", help="of the edge")
+    parser.add_argument(
+        "--statistics", choices=["edge", "cloud", "source"], default="edge",
+        help="of the normalisation on the edge: its own, by --method; those of the cloud's student, as the patch has "
+        "them; the source's. Where they are not its own the edge changes nothing by itself, whatever --method says",
+    )  # fmt: skip
+    parser.add_argument(
+        "--encoding", choices=["lossless", "jpeg"], default="lossless", help="of what is sent"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100")
     parser.add_argument("--filter", choices=FILTERS, default="budgeted")
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -204,7 +235,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """All streams."""
+    args = arguments()
     lockstep, rows = Lockstep(args), []
     for name, x, y in streams(args):
         rows.append({"shift": name, **lockstep.play(x, y)})
