@@ -37,8 +37,9 @@ from tta_cloud.config import Config
 from tta_cloud.gate import GateOptions, held_out
 from tta_cloud.intake import Intake, IntakeOptions
 from tta_cloud.learner import METHOD, Learner, LearnerOptions
+from tta_cloud.publishing import theta_of
 from tta_cloud.records import Sample
-from tta_cloud.school import Published, School, theta_of
+from tta_cloud.school import Published, School
 from tta_cloud.store import Store, StoreOptions
 from tta_cloud.writer import GroupCommit
 from tta_edge.streams.order import batches, order

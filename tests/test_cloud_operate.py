@@ -26,9 +26,9 @@ from tta_cloud.exit_codes import exit_code
 from tta_cloud.learner import Learner, LearnerOptions
 from tta_cloud.operations import Operation
 from tta_cloud.patch_view import find, signatures
+from tta_cloud.publishing import sealed_of
 from tta_cloud.reading import fleet, read
 from tta_cloud.records import Entry, Patch, Sample, Stored
-from tta_cloud.school import sealed_of
 from tta_cloud.teacher import open_student
 from tta_edge.client import Client
 from tta_edge.enrol import enrol

@@ -66,6 +66,30 @@ def patches_log(
         typer.echo(f"{entry.epoch}.{entry.seq:<6} {entry.state:12} {entry.reason}")
 
 
+@patches.command("origin", epilog=HELP)
+def patches_origin(group: Group = "default", store: StoreDirectory = STORE, as_json: AsJson = False) -> None:
+    """From where a group started: which group's patch, how near its samples were, and why.
+
+    Example: tta-cloud patches origin yard --store /var/lib/tta-cloud
+    """
+    import msgspec
+
+    from tta_cloud import origins
+    from tta_cloud.reading import read
+
+    found = read(store, lambda db: origins.get(db, group))
+    if as_json:
+        print_json(None if found is None else msgspec.to_builtins(found))
+    elif found is None:
+        typer.echo(f"group {group}: the source; nothing was decided, or not yet")
+    elif not found.parent:
+        typer.echo(f"group {group}: the source, at {_time(found.decided_ms)}: {found.reason}")
+    else:
+        where = f"{found.parent}'s {found.epoch}.{found.seq}, distance {found.distance:.2f}"
+        text = f"by {found.samples} samples; {found.reason}"
+        typer.echo(f"group {group}: {where}, at {_time(found.decided_ms)}, {text}")
+
+
 @patches.command("show", epilog=HELP)
 def patches_show(
     group: Group,

@@ -50,6 +50,8 @@ class LearnerOptions:
         gamma: weight of the teacher's label.
         temperature: of both distributions in the divergence.
         publish_rate: how far a patch goes from the head before it to the student, as a share of the way.
+        nearest: samples of a new group after which it starts from the group whose samples are nearest, see
+            `nearest.distance`; where others have patches it learns nothing before. 0: it begins at the source.
     """
 
     new: int = 32
@@ -64,6 +66,7 @@ class LearnerOptions:
     gamma: float = 1.0
     temperature: float = 1.0
     publish_rate: float = 0.5
+    nearest: int = 32
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,15 @@ class Learner:
         """
         found = self._student.predict(x)
         return found.logits, found.logits if found.features is None else found.features
+
+    def features(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        """What the bundle's own student makes of samples, [n, F], whatever was learned; logits if it has no features.
+
+        Args:
+            x: [n, ...] as edges have it.
+        """
+        found = Model(self._student.engines, METHOD).predict(x)
+        return found.logits if found.features is None else found.features
 
     def predict(self, theta: Vector, x: NDArray[Any]) -> NDArray[np.float32]:
         """The logits [n, C] that an edge would give with a theta.

@@ -14,9 +14,9 @@ import numpy as np
 from tta_cloud import edges, ledger
 from tta_cloud.errors import DamagedRecord, UnknownGroup, UnknownPatch
 from tta_cloud.identity import read_roots
+from tta_cloud.publishing import sealed_of
 from tta_cloud.reading import read
 from tta_cloud.records import Patch
-from tta_cloud.school import sealed_of
 from tta_runtime import theta as thetas
 from tta_runtime.bundle import Bundle
 from tta_runtime.errors import PatchError, did_you_mean

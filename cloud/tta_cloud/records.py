@@ -208,6 +208,30 @@ class Learner(msgspec.Struct, frozen=True, kw_only=True):
     saved_ms: Int64
 
 
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """From where a group started.
+
+    Attributes:
+        group: whose.
+        parent: the group whose patch it began with; empty: the bundle's own theta.
+        epoch: of that patch; 0 for none.
+        seq: of that patch; 0 for none.
+        distance: of the nearest group's samples, see `nearest.distance`; 0 where there was none to compare with.
+        samples: of the group that were looked at.
+        reason: why, with the distances of the nearest groups.
+        decided_ms: milliseconds since the epoch.
+    """
+
+    group: Name
+    parent: Annotated[str, Meta(max_length=64)]
+    epoch: Count
+    seq: Count
+    distance: Annotated[float, Meta(ge=0)]
+    samples: Count
+    reason: Text
+    decided_ms: Int64
+
+
 def checked(record: T) -> T:
     """The same record, after its values were compared with their declared ranges.
 

@@ -196,6 +196,12 @@ def waiting(db: sqlite3.Connection, group: str) -> list[tuple[int, str, int]]:
     return db.execute(query, (group,)).fetchall()
 
 
+def newest(db: sqlite3.Connection, group: str, count: int) -> list[tuple[int, str]]:
+    """Number and edge of the newest samples of a group, used or not, oldest first; their bytes are not read."""
+    query = "SELECT number, edge FROM samples WHERE grp = ? ORDER BY number DESC LIMIT ?"
+    return db.execute(query, (group, count)).fetchall()[::-1]
+
+
 def numbered(db: sqlite3.Connection, numbers: Sequence[int]) -> Drawn:
     """The samples with these numbers, in their order; those that are gone are left out."""
     query = f"SELECT {_COLUMNS} FROM samples WHERE number = ?"

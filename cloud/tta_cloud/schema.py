@@ -8,7 +8,7 @@ from functools import cache
 from tta_cloud.errors import StoreTooNew
 from tta_cloud.records import EDGE_STATES, PATCH_STATES, seal
 
-VERSION = 2
+VERSION = 3
 MAX_FORGOTTEN = 65_536
 """Keys of deleted samples that are still known as duplicates."""
 
@@ -80,6 +80,13 @@ ADDED = {
     2: """
 CREATE TABLE agreement (
     edge TEXT NOT NULL PRIMARY KEY, answers TEXT NOT NULL, updated_ms INTEGER NOT NULL, seal BLOB NOT NULL
+) WITHOUT ROWID;
+""",
+    3: """
+CREATE TABLE origins (
+    grp TEXT NOT NULL PRIMARY KEY, parent TEXT NOT NULL, epoch INTEGER NOT NULL, seq INTEGER NOT NULL,
+    distance REAL NOT NULL, samples INTEGER NOT NULL, reason TEXT NOT NULL, decided_ms INTEGER NOT NULL,
+    seal BLOB NOT NULL
 ) WITHOUT ROWID;
 """,
 }

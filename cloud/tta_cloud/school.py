@@ -14,11 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-import msgspec
 import numpy as np
 
-from tta_cloud import agreement, learners, ledger, samples, steering
+from tta_cloud import agreement, founding, learners, ledger, origins, samples, steering
 from tta_cloud.config import Config
 from tta_cloud.control import RollBack
 from tta_cloud.errors import CloudError, DamagedRecord, Internal, SnapshotUnreadable, StaleLearner
@@ -27,15 +27,12 @@ from tta_cloud.identity import Identity
 from tta_cloud.intake import RECORD, Looked, Waits, balanced, choose, divergences, fair_share, odd_ones
 from tta_cloud.learner import Learner
 from tta_cloud.operations import together
-from tta_cloud.publishing import build
+from tta_cloud.publishing import build, theta_of
 from tta_cloud.records import Patch, Stored, stacked
 from tta_cloud.stats import Stats
 from tta_cloud.store import Store
-from tta_runtime.bundle import Bundle
 from tta_runtime.errors import EngineError, InputError, TtaError
 from tta_runtime.model import Engines
-from tta_runtime.patch import Trust, verify_patch
-from tta_runtime.sealed import Sealed, SignatureEntry
 from tta_runtime.theta import Vector
 
 log = logging.getLogger(__name__)
@@ -55,6 +52,8 @@ class _Group:
     learner: Learner
     generation: int
     head: Vector
+    fresh: bool
+    """Whether it is still to be decided from where the group starts."""
     refused: int = 0
     held: list[Stored] = field(default_factory=list)
     bases: dict[int, Vector] = field(default_factory=dict)
@@ -185,6 +184,8 @@ class School:
             TtaError: of the store or the engines; nothing of the round is kept.
         """
         group, options = self._group(name), self._config.learner
+        if group.fresh and not self._start(name, group):
+            return False
         if self._store.read(lambda db: samples.totals(db, name)).unused < options.new:
             return False  # every sample that comes asks; most of them need not have all the others read
         waiting = [Waits(*row) for row in self._store.read(lambda db: samples.waiting(db, name))]
@@ -208,6 +209,56 @@ class School:
             if isinstance(error, StaleLearner):  # another store has taken the place of one that was damaged
                 group.generation = self._store.read(lambda db: learners.generation(db, name))
             raise
+        return True
+
+    def _start(self, name: str, group: _Group) -> bool:
+        """Let a new group start from the one whose samples are nearest; whether enough of its own are there."""
+        options, others = self._config.learner, set(self._store.read(ledger.groups)) - {name}
+        wanted = (
+            options.nearest if others else options.new
+        )  # where nothing can be compared nothing is waited for
+        while True:
+            numbers = [number for number, *_ in self._store.read(lambda db: samples.waiting(db, name))][
+                :wanted
+            ]
+            if len(numbers) < wanted:
+                return False
+            first = self._store.read(partial(samples.numbered, numbers=numbers))
+            if not first.damaged:
+                break
+            self._store.call(samples.discard(first.damaged))
+        learner, bundle = group.learner, self._student.bundle
+        before = learner.snapshot()
+        start = founding.decide(
+            name, first.samples, learner, self._store.read, identity=self._identity, bundle=bundle,
+            gate=self._config.gate, now_ms=self._now_ms(),
+        )  # fmt: skip
+        noted, parent = origins.note(start.origin), start.origin
+        try:
+            if start.theta is None:
+                self._store.call(noted)
+                patch = None
+            else:
+                reason = f"starts from {parent.parent}'s {parent.epoch}.{parent.seq}, distance {parent.distance:.2f}"
+                patch = build(
+                    start.theta, self._identity, bundle, group=name, seq=self._next_seq(name), parent=group.head,
+                    samples=0, now_s=self._clock_s(), reason=reason,
+                )  # fmt: skip
+                saved = learners.save(
+                    name, learner.snapshot(), (), after=group.generation, saved_ms=self._now_ms()
+                )
+                published = together(saved, steering.publish(patch))
+                group.generation = self._store.call(together(published, noted))
+        except TtaError:
+            learner.restore(before)
+            raise
+        group.fresh = False
+        if patch is None or start.theta is None:
+            self._note(name, f"starts from the source: {parent.reason}")
+            return True
+        group.head = start.theta
+        self._published(Published(name, patch))
+        self._note(name, f"{patch.entry.reason}; {parent.reason}")
         return True
 
     def _round(self, name: str, group: _Group, new: list[Stored], held: list[Stored]) -> None:
@@ -432,7 +483,8 @@ class School:
         known = self._store.read(lambda db: _newest(db, name))
         held = _jury([each for each in known if held_out(each.number)])
         senders = {each.sample.edge: each.received_ms for each in known}
-        group = _Group(learner, generation, head, held=held, senders=senders)
+        fresh = self._config.learner.nearest > 0 and self._is_new(name, generation)
+        group = _Group(learner, generation, head, fresh, held=held, senders=senders)
         if self._config.intake.oddness <= 0:
             return group
         used = [each for each in known if not held_out(each.number)]
@@ -444,36 +496,19 @@ class School:
                 log.warning("group %s: what it has sent is not looked at again: %s", name, error)
         return group
 
+    def _is_new(self, name: str, generation: int) -> bool:
+        """Whether nothing was learned, published or decided for a group."""
+        try:
+            decided = self._store.read(lambda db: origins.get(db, name)) is not None
+        except DamagedRecord:
+            decided = True
+        return not decided and not generation and not self._store.read(lambda db: ledger.entries(db, name, 1))
+
     def _note(self, group: str, text: str) -> None:
         log.info("group %s: %s", group, text)
 
     def _now_ms(self) -> int:
         return int(self._clock_s() * 1000)
-
-
-def theta_of(patch: Patch, identity: Identity, bundle: Bundle) -> Vector:
-    """What a patch in the ledger carries, [P].
-
-    Raises:
-        PatchError: it is not this cloud's, or of another bundle.
-    """
-    entry = patch.entry
-    root = next((root for root, _ in reversed(identity.roots) if root.epoch == entry.epoch), identity.root)
-    trust = Trust(root, bundle.digest, entry.group, epoch=entry.epoch, seq=entry.seq - 1)
-    verified = verify_patch(
-        sealed_of(patch),
-        patch.payload,
-        trust,
-        bundle.manifest.theta,
-        bundle.theta0,
-        max_distance=float("inf"),
-    )
-    return verified.theta
-
-
-def sealed_of(patch: Patch) -> Sealed:
-    """What was signed of a patch in the ledger, with its signatures."""
-    return Sealed(patch.body, msgspec.msgpack.decode(patch.signatures, type=tuple[SignatureEntry, ...]))
 
 
 def _newest(db: sqlite3.Connection, group: str) -> list[Stored]:

@@ -38,10 +38,11 @@ from tta_cloud.intake import Intake
 from tta_cloud.operations import Operation, Outcome
 from tta_cloud.promises import FILE as PROMISES
 from tta_cloud.promises import Promises
+from tta_cloud.publishing import sealed_of, theta_of
 from tta_cloud.records import Edge, Entry, Patch
 from tta_cloud.records import Sample as StoredSample
 from tta_cloud.rollout import Rollout, Stage, begin, progress, tick
-from tta_cloud.school import Published, School, sealed_of, theta_of
+from tta_cloud.school import Published, School
 from tta_cloud.session import Arrived, CloudSession, Frames, Gone, SessionOptions
 from tta_cloud.stats import Stats
 from tta_cloud.store import Store, StoreEvent
@@ -569,7 +570,8 @@ class CloudServer:
         if moved or (before is not None and before.stage is not rollout.stage):
             self._stats.moved(group, state)
             why = "; ".join(f"{self._name(edge)}: {reason}" for edge, reason in rollout.bad.items())[:200]
-            self._note(ledger.move(group, entry.epoch, entry.seq, state, why))  # type: ignore[arg-type]
+            # Why a group's first patch is what it is stands in the ledger from the beginning, and stays.
+            self._note(ledger.move(group, entry.epoch, entry.seq, state, why or entry.reason))  # type: ignore[arg-type]
             if rollout.stage is Stage.STOPPED:
                 log.warning("group %s: patch %d is stopped: %s", group, entry.seq, why)
             self._push_head(group)
