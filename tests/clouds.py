@@ -342,7 +342,7 @@ def _memory(pid: int, name: str) -> int:
 def point(state_dir: Path, endpoint: str) -> None:
     """Let an enrolled edge find its cloud at another address: a relay's."""
     path = state_dir / "cloud" / "link.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "endpoint": endpoint}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "endpoint": endpoint, "check": ""}))
 
 
 # --- an edge ----------------------------------------------------------------------------------------

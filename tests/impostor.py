@@ -61,6 +61,12 @@ def head_message(sealed: Sealed) -> list[bytes]:
     return _whole(encode_message(HeadMessage(sealed=declare(data)), {"sealed": data}))
 
 
+def root_message(sealed: bytes) -> list[bytes]:
+    """A root as it crosses the wire, asked for by nobody."""
+    data = _bytes(sealed)
+    return _whole(encode_message(RootMessage(sealed=declare(data)), {"sealed": data}))
+
+
 def enrolled(state_dir: Path, identity: Identity, endpoint: str, group: str = "yard") -> str:
     """A state directory whose edge is known to the cloud of an identity, at an address."""
     directory = state_dir / "cloud"

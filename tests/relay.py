@@ -139,6 +139,10 @@ class Relay:
         """Pass only half of the piece that comes after so many more bytes on, then end the connection."""
         return self._strike(_Strike(way, after, lambda data: data[: len(data) // 2], cut=True))
 
+    def insert(self, way: Way, data: bytes) -> threading.Event:
+        """Pass these bytes on before the next piece, as if one end had sent them."""
+        return self._strike(_Strike(way, 0, lambda piece: data + piece))
+
     # --- inside ---------------------------------------------------------------------------------------
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:

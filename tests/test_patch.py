@@ -366,6 +366,7 @@ def test_a_rotation_shuts_out_the_stolen_key_and_lets_numbers_begin_anew() -> No
         (errors.TooFewSignatures, NEXT, ROOT_KEYS, NOW),  # only the old ones: everybody locked out
         (errors.TooFewSignatures, NEXT, [ROOT_KEYS[0], *NEW_KEYS], NOW),
         (errors.TooFewSignatures, NEXT, [ROOT_KEYS[0], ROOT_KEYS[0], *NEW_KEYS], NOW),
+        (errors.UnknownSigner, NEXT, [*ROOT_KEYS, *NEW_KEYS, OTHER], NOW),  # a publisher is no root key
         (errors.RootRefused, msgspec.structs.replace(NEXT, version=3), [*ROOT_KEYS, *NEW_KEYS], NOW),
         (errors.RootRefused, msgspec.structs.replace(NEXT, version=1), [*ROOT_KEYS, *NEW_KEYS], NOW),
         (errors.Expired, NEXT, [*ROOT_KEYS, *NEW_KEYS], NOW + 1001),

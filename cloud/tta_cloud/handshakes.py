@@ -11,20 +11,24 @@ EVENTS = (
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_ACCEPTED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
 )
 """What a socket's monitor is asked for."""
+CROWDED = "too many connections that have not said a word, the one that was silent for the longest goes"
 EVERY_S = 1.0
 MAX_CAUSES = 64
 
 
 def cause_of(event: int, value: int) -> str:
-    """Why a handshake has failed, from a monitor's event; "" where the authority has said why.
+    """Why a handshake has failed, from a monitor's event; "" where none has, or the authority has said why.
 
     Args:
         event: as libzmq numbers them.
         value: of the event: a protocol error, a status or an errno.
     """
-    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+    if event not in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
         return ""
     if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
         if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:

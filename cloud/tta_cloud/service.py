@@ -23,6 +23,7 @@ import zmq.utils.monitor
 
 from tta_cloud import control, edges, ledger, samples, steering, zap
 from tta_cloud.config import Config
+from tta_cloud.crowd import Crowd, shut
 from tta_cloud.errors import (
     BadRecord,
     Busy,
@@ -32,7 +33,7 @@ from tta_cloud.errors import (
     StoreBusy,
     StoreError,
 )
-from tta_cloud.handshakes import EVENTS, Refusals, cause_of
+from tta_cloud.handshakes import CROWDED, EVENTS, Refusals, cause_of
 from tta_cloud.identity import Identity
 from tta_cloud.intake import Intake
 from tta_cloud.operations import Operation, Outcome
@@ -76,6 +77,8 @@ EDGES, DOOR = "edges", "door"
 """Domains of authentication: where enrolled edges talk, and where others enrol."""
 HWM = 64
 HANDSHAKE_MS = 5000
+MAX_SILENT = 512
+"""Connections of one address that have not said a word yet, before their handshake or after it."""
 LONGEST_WAIT_S = 5.0
 MAX_FRAME = 17 << 20
 SILENCE_S = 60.0
@@ -139,7 +142,8 @@ class CloudServer:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._refusals = Refusals()
-        self._monitors: dict[zmq.Socket[bytes], str] = {}
+        self._monitors: dict[zmq.Socket[bytes], tuple[str, Crowd]] = {}
+        self._crowds: dict[zmq.Socket[bytes], Crowd] = {}
         self._context = zmq.Context()
         self._wakes = self._context.socket(zmq.PAIR)
         self._wakes.bind("inproc://wake")
@@ -250,6 +254,8 @@ class CloudServer:
                 user = str(frames[0].get("User-Id")) if frames else ""
             except zmq.ZMQError:  # nobody whom the authority has let in
                 continue
+            if frames:
+                self._crowds[socket].heard(int(frames[0].get(zmq.SRCFD)))
             buffers = [frame.buffer for frame in frames]
             events, sends = session.receive(peer.bytes, user, buffers, time.monotonic())
             self._send(socket, session, sends)
@@ -263,10 +269,22 @@ class CloudServer:
                     log.warning("refused a message of %s: %s", self._name(event.user), event.error)
 
     def _watch(self, monitor: zmq.Socket[bytes]) -> None:
-        event = zmq.utils.monitor.recv_monitor_message(monitor)
-        cause = cause_of(int(event["event"]), int(event["value"]))
-        if cause:
-            self._refused(self._monitors[monitor], cause)
+        endpoint, crowd = self._monitors[monitor]
+        for _ in range(MAX_SILENT):
+            if not monitor.poll(0):
+                return
+            event = zmq.utils.monitor.recv_monitor_message(monitor)
+            kind, value = int(event["event"]), int(event["value"])
+            if kind == zmq.EVENT_ACCEPTED:
+                for descriptor in crowd.accepted(value):
+                    if shut(descriptor, int(endpoint.rpartition(":")[2])):
+                        self._stats.shut_out(DOOR if endpoint == self.door else EDGES, "crowded")
+                        self._refused(endpoint, CROWDED)
+            elif kind in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
+                crowd.closed(value)
+            cause = cause_of(kind, value)
+            if cause:
+                self._refused(endpoint, cause)
 
     def _refused(self, where: str, cause: str, who: str = "") -> None:
         line = self._refusals.line(where, cause, who, time.monotonic())
@@ -869,7 +887,8 @@ class CloudServer:
                 f"cannot bind {endpoint}: {error.strerror}", "Choose an address of this machine that is free"
             ) from error
         found = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._monitors[socket.get_monitor_socket(EVENTS)] = found
+        crowd = self._crowds[socket] = Crowd(MAX_SILENT, forgives=domain == EDGES)
+        self._monitors[socket.get_monitor_socket(EVENTS)] = found, crowd
         return socket, found
 
     def _now_ms(self) -> int:

@@ -51,6 +51,8 @@ HANDSHAKE_MS = 4000
 """Until an encryption that does not come about is tried anew."""
 PATCH_OVERHEAD_BYTES = 32 << 10
 """What a patch's message may have beside its theta."""
+FRAME_OVERHEAD_BYTES = 64 << 10
+"""What the longest frame may have beside that: headers and signed bodies are shorter, and encryption adds a little."""
 
 Offer = Callable[[int, int, Vector, Callable[[Progress], None]], None]
 
@@ -353,7 +355,8 @@ class CloudLink:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, HWM)
         socket.setsockopt(zmq.RCVHWM, HWM)
-        socket.setsockopt(zmq.MAXMSGSIZE, 17 << 20)
+        # Nothing that this edge could use is longer than its own theta: with the queue's length it bounds the memory.
+        socket.setsockopt(zmq.MAXMSGSIZE, 4 * self._bundle.manifest.theta.size + FRAME_OVERHEAD_BYTES)
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # when to connect again is the protocol's to say

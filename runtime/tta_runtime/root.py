@@ -79,6 +79,7 @@ def next_root(current: Root, sealed: Sealed, *, now_s: float) -> Root:
         raise RootRefused(
             f"the root has epoch {root.epoch}, the present one is {current.epoch}", "An epoch never falls"
         )
+    verify({**current.root_keys, **root.root_keys}, 0, DOMAIN, sealed.body, sealed.signed)  # nobody else (P3)
     # Those of the other root may sign as well: each threshold looks at its own keys only.
     for keys, threshold in (
         (current.root_keys, current.root_threshold),
