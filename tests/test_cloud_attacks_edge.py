@@ -91,12 +91,6 @@ CLAIMS = {
 
 
 @pytest.fixture(scope="module")
-def program() -> Iterator[Program]:
-    with Program() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def student() -> Bundle:
     return Bundle.open(exported.built("resnet", METHODS).path)
 

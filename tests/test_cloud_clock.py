@@ -6,29 +6,16 @@ The cloud is a process whose clock a file moves; the edge's link takes a clock o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import exported
 from clouds import Cloud, Edge, Program, look
 from tta_cloud import identity
 from tta_runtime.bundle import Bundle
 
-METHODS = ("source", "distill")
 TEN_YEARS_S = 10 * 365 * 86_400.0
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return Bundle.open(exported.built("resnet", METHODS).path)
-
-
-@pytest.fixture(scope="module")
-def program() -> Iterator[Program]:
-    with Program() as made:
-        yield made
 
 
 class Clock:

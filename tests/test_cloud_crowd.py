@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import exported
-from cloud_server import METHODS, serving, ticket
+from cloud_server import serving, ticket
 from clouds import Edge, look
 from tta_cloud import identity, service
 from tta_cloud.crowd import Crowd, shut
@@ -80,11 +79,6 @@ def test_only_a_connection_to_the_port_is_hung_up(tmp_path: Path) -> None:
 
 
 # --- a cloud in a crowd -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return Bundle.open(exported.built("resnet", METHODS).path)
 
 
 @pytest.fixture

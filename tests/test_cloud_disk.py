@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import exported
 from clouds import Cloud, Edge, Program, look
 from networks import SIZE
 from running import PATIENCE_S, daemon
@@ -27,20 +26,8 @@ from tta_edge.client import Client
 from tta_edge.enrol import load
 from tta_runtime.bundle import Bundle
 
-METHODS = ("source", "distill")
 GROUP = "yard"
 DISK_BYTES = 6 << 20
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return Bundle.open(exported.built("resnet", METHODS).path)
-
-
-@pytest.fixture(scope="module")
-def program() -> Iterator[Program]:
-    with Program() as made:
-        yield made
 
 
 # --- disks that can be filled -------------------------------------------------------------------------

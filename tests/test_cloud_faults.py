@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import zmq
 
-import exported
 from clouds import EAGER, Cloud, Edge, Program, look
 from relay import Relay, Way
 from running import PATIENCE_S
@@ -23,21 +22,9 @@ from tta_edge.uplink import UplinkOptions
 from tta_runtime.bundle import Bundle
 from tta_runtime.link import Fetch, Hello, encode_message
 
-METHODS = ("source", "distill")
 MB = 1 << 20
 HEALED_S = 10.0
 """Within which an edge must have caught up when a line has healed."""
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return Bundle.open(exported.built("resnet", METHODS).path)
-
-
-@pytest.fixture(scope="module")
-def program() -> Iterator[Program]:
-    with Program() as made:
-        yield made
 
 
 @pytest.fixture

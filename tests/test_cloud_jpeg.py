@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import exported
 import tiny_bundle
-from cloud_server import METHODS, images, serving, ticket
+from cloud_server import images, serving, ticket
 from clouds import Edge, look
 from networks import SIZE
 from running import running
@@ -37,11 +36,6 @@ from tta_runtime.model import Engines
 SPEC = InputSpec(dtype="float32", shape=["batch", 3, SIZE, SIZE], low=0.0, high=1.0)
 FORM = jpeg.form_of(SPEC)
 NOTHING = np.zeros((16, 10), np.float32)
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return Bundle.open(exported.built("resnet", METHODS).path)
 
 
 @pytest.fixture

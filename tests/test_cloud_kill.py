@@ -7,7 +7,6 @@ import random
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import msgspec
 import numpy as np
 import pytest
 
-import exported
 from cloud_records import unused
 from clouds import POINTS, Cloud, Edge, Program, content, look
 from disks import Crashing
@@ -32,19 +30,7 @@ from tta_edge.errors import ConnectionLost, DeadlineExceeded, Unreachable
 from tta_runtime import theta
 from tta_runtime.bundle import Bundle
 
-METHODS = ("source", "distill")
 GROUP = "yard"
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return Bundle.open(exported.built("resnet", METHODS).path)
-
-
-@pytest.fixture(scope="module")
-def program() -> Iterator[Program]:
-    with Program() as made:
-        yield made
 
 
 @pytest.fixture

@@ -354,10 +354,10 @@ def sent(edge: Edge, count: int, seed: int) -> None:
 
 
 def test_a_kill_between_the_decision_and_its_publication_loses_nothing(
-    tmp_path: Path, engines: Engines
+    program: Program, tmp_path: Path, engines: Engines
 ) -> None:
     bundle = engines.bundle
-    with Program() as program, Cloud(program, tmp_path / "cloud", bundle.path, SETTINGS) as cloud:
+    with Cloud(program, tmp_path / "cloud", bundle.path, SETTINGS) as cloud:
         cloud.start()
         cloud.enrol(tmp_path / "old", "old", "yard")
         cloud.enrol(tmp_path / "young", "young", "roof")
