@@ -23,11 +23,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from tta_cloud import database, quarantine, schema
 from tta_cloud.errors import (
     BadRecord,
+    CloudError,
     Internal,
     StoreBusy,
     StoreClosed,
@@ -152,6 +153,13 @@ class Store:
             StoreClosed: the store is closed; `done` is not called.
         """
         self._writer.submit(operation, done)
+
+    def leave(self, operation: Operation[Any]) -> None:
+        """Hand in a change that nobody waits for; that it was not carried out is logged."""
+        try:
+            self.submit(operation, _logged)
+        except CloudError as error:
+            log.warning("the store does not follow: %s", error)
 
     def call(self, operation: Operation[T]) -> T:
         """Carry out a change and wait until it is durable; raises what `submit` raises or tells."""
@@ -312,3 +320,10 @@ def _make_file(path: Path, disk: Disk) -> None:
 
 def _unusable(path: Path, error: OSError) -> StoreUnusable:
     return StoreUnusable(f"{path} cannot be used: {reason(error)}", _FIX)
+
+
+def _logged(outcome: Outcome[Any]) -> None:
+    try:
+        outcome.get()
+    except CloudError as error:
+        log.warning("the ledger does not follow: %s", error)
