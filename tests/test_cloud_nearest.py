@@ -39,7 +39,7 @@ from tta_runtime.engine import EngineOptions
 from tta_runtime.model import Engines
 
 N = 12
-LEARNER = LearnerOptions(new=8, replay=8, rounds=1, nearest=N)
+LEARNER = LearnerOptions(new=8, replay=8, rounds=1, nearest=N, nearest_distance=0.9)
 GATE = GateOptions(min_samples=4, tolerance=1.0)
 """Nothing loses: what is tried here is not the gate."""
 STRICT = GateOptions(min_samples=4, tolerance=-1.0)
@@ -196,6 +196,20 @@ def test_a_new_group_starts_from_the_nearest(
         assert kept.unused < N
 
 
+def test_a_group_that_is_like_no_other_begins_at_the_source(tmp_path: Path, engines: Engines) -> None:
+    with schooled(tmp_path, engines) as made:
+        taught(made)
+        made.send("new", "noisy", 9000)
+        made.learn("new")
+        origin = made.origin("new")
+        assert origin is not None
+        assert (origin.parent, origin.seq) == ("", 0)
+        assert origin.distance > 0.9
+        assert origin.reason.startswith("no group is within 0.9: ")
+        assert not any(entry.reason for entry in made.entries("new"))
+        assert made.school._groups["new"].learner.rounds <= 1, "it learns by itself"
+
+
 def test_the_first_group_starts_at_the_source_and_waits_for_nothing(tmp_path: Path, engines: Engines) -> None:
     with schooled(tmp_path, engines) as made:
         made.send("dark", "dark", 1, 10)
@@ -335,6 +349,7 @@ new = 8
 replay = 8
 rounds = 1
 nearest = {N}
+nearest_distance = 0.9
 
 [gate]
 tolerance = 1.0

@@ -135,8 +135,12 @@ def _checked(config: Config) -> Config:
         "intake.max_waiting": config.intake.max_waiting,
         "intake.fairness": config.intake.fairness,
     }
-    if config.learner.nearest < 0:
-        raise BadValue(f"`learner.nearest` is {config.learner.nearest}", "Give a number of samples, or 0")
+    for key, number in {
+        "learner.nearest": config.learner.nearest,
+        "learner.nearest_distance": config.learner.nearest_distance,
+    }.items():
+        if not number >= 0:
+            raise BadValue(f"`{key}` is {number:g}", "Give 0 or more")
     for key, value in positive.items():
         if value <= 0:
             raise BadValue(f"`{key}` is {value}", "Give a number above 0")

@@ -54,12 +54,14 @@ def decide(
     identity: Identity,
     bundle: Bundle,
     gate: GateOptions,
+    furthest: float,
     now_ms: int,
 ) -> Start:
     """Where a group starts. The learner of a group that has a parent has become a copy of the parent's then.
 
-    The nearest group's patch is judged as any other, against the source and on the group's own first samples, from
-    which nothing has learned; the parent's teacher says what is right there.
+    A group that is too far away is no start: what was taught under another shift may do worse than the source, and
+    the gate would not see it, because the teacher that says what is right comes from there too. The gate is asked
+    none the less, on the group's own first samples, from which nothing has learned: it sees what is broken.
 
     Args:
         name: of the group.
@@ -69,6 +71,7 @@ def decide(
         identity: whose patches count.
         bundle: of the edges.
         gate: how a patch is judged.
+        furthest: the largest distance of a start.
         now_ms: milliseconds since 1970.
 
     Raises:
@@ -99,6 +102,9 @@ def decide(
         if not places:
             return source(f"no other group has a patch and {len(first)} samples")
         parent, distance = places[0]
+        told = nearest.described(places)
+        if distance > furthest:
+            return source(f"no group is within {furthest:g}: {told}", distance)
         entry, theta = patches[parent]
         _copy(learner, parent, read)
         learner.start_from(theta)
@@ -112,7 +118,6 @@ def decide(
     except CloudError:
         learner.restore(before)
         raise
-    told = nearest.described(places)
     if not verdict.passed and verdict.reason != "few-samples":
         learner.restore(before)
         scores = f"{verdict.score:.4f} after {verdict.head:.4f}"

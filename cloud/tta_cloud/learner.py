@@ -52,6 +52,8 @@ class LearnerOptions:
         publish_rate: how far a patch goes from the head before it to the student, as a share of the way.
         nearest: samples of a new group after which it starts from the group whose samples are nearest, see
             `nearest.distance`; where others have patches it learns nothing before. 0: it begins at the source.
+        nearest_distance: how far the nearest group's samples may be, by the same measure; beyond it the new group
+            begins at the source, for what was taught under another shift does harm.
     """
 
     new: int = 32
@@ -67,6 +69,7 @@ class LearnerOptions:
     temperature: float = 1.0
     publish_rate: float = 0.5
     nearest: int = 32
+    nearest_distance: float = 0.75
 
 
 @dataclass(frozen=True)

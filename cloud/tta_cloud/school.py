@@ -231,7 +231,7 @@ class School:
         before = learner.snapshot()
         start = founding.decide(
             name, first.samples, learner, self._store.read, identity=self._identity, bundle=bundle,
-            gate=self._config.gate, now_ms=self._now_ms(),
+            gate=self._config.gate, furthest=options.nearest_distance, now_ms=self._now_ms(),
         )  # fmt: skip
         noted, parent = origins.note(start.origin), start.origin
         try:
