@@ -26,6 +26,7 @@ from tta_edge.wire import StreamState
 from tta_runtime import theta as thetas
 from tta_runtime.arrays import is_finite
 from tta_runtime.errors import BatchTooSmall, EngineError, NonFinite, StaleBase, WrongBatch
+from tta_runtime.held import finite, where
 from tta_runtime.model import Checkpoint, Model, Step
 from tta_runtime.state_file import MAX_NOTES
 from tta_runtime.theta import Vector
@@ -104,8 +105,8 @@ def objection(step: Step, theta0: NDArray[np.float32], guards: Guards) -> tuple[
         return Reason.NON_FINITE_LOGITS, "the step's logits hold NaN or Inf"
     if not is_finite(step.theta):
         return Reason.NON_FINITE_THETA, "the step's theta holds NaN or Inf"
-    for name, array in step.state.items():
-        if not is_finite(array):
+    for name in step.state:
+        if not finite(where(step.state, name)):  # asked on the device, where the engine has one
             return Reason.NON_FINITE_STATE, f"the step's state `{name}` holds NaN or Inf"
     distance = thetas.distance(step.theta, theta0)
     if distance > guards.max_distance:

@@ -31,13 +31,13 @@ def frozen(array: NDArray[Any]) -> NDArray[Any]:
 
 def owned(array: NDArray[Any]) -> NDArray[Any]:
     """A read-only array that nobody else can write to: itself if it is that already, else a copy."""
-    if _is_fixed(array) and array.flags.c_contiguous:
+    if is_fixed(array) and array.flags.c_contiguous:
         return array
     return frozen(np.array(array, order="C"))
 
 
-def _is_fixed(array: object) -> bool:
+def is_fixed(array: object) -> bool:
     """Whether neither the array nor the memory under it can be written to."""
     if isinstance(array, np.ndarray):
-        return not array.flags.writeable and (array.base is None or _is_fixed(array.base))
+        return not array.flags.writeable and (array.base is None or is_fixed(array.base))
     return isinstance(array, bytes)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from numpy.typing import NDArray
+from typing import Protocol
 
 from .bundle import Bundle
+from .held import Held
 from .manifest import Graph
 
-Arrays = Mapping[str, NDArray[Any]]
+Arrays = Mapping[str, Held]
+RESIDENT = ("theta", "state")
+"""What a step returns bound to these, an engine with a device of its own leaves there (see `held.Resident`)."""
+FIXED = (*RESIDENT, "anchor", "hyper")
+"""Inputs bound to these are the same array again and again, so a device that has one keeps it."""
 
 
 class Engine(Protocol):
@@ -26,10 +29,13 @@ class Engine(Protocol):
 
     @property
     def provider(self) -> str:
-        """What really runs the graph, e.g. "cpu" or "cuda"."""
+        """What really runs the graph, e.g. "cpu", "cuda" or "cuda (2 of 340 nodes on cpu)"."""
 
-    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Arrays) -> Mapping[str, Held]:
         """Outputs by value name, from inputs by value name.
+
+        Any engine takes what another one left on its device. Outputs bound to theta and state may stay on this one's;
+        all others are arrays of the host.
 
         Raises:
             EngineFailed: an input is missing or does not fit, or the backend failed.
@@ -44,6 +50,12 @@ class EngineOptions:
     """Threads of one engine; None: one for each physical core."""
     provider: str = "cpu"
     """"cpu", "cuda" or "tensorrt"; there is no silent fallback to another one."""
+    device: int = 0
+    """Number of the GPU."""
+    tf32: bool = False
+    """Let a GPU round the factors of float32 products to 10 bits: faster, and no longer equal to the CPU's answers."""
+    resident: bool | None = None
+    """Keep theta and state where the provider computes; None: on a GPU. On a CPU that is the same memory, for tests."""
     spin: bool = False
     """Let idle threads spin: a little faster alone, much slower when a step and a forward share the cores."""
     prepack: bool = True

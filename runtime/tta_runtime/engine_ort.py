@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from .bundle import Bundle
 from .engine import Arrays, EngineOptions
-from .errors import BadValue, EngineFailed, EngineMissing, GraphMismatch, did_you_mean
+from .errors import BadValue, EngineFailed, EngineMissing, GraphMismatch, OutOfDeviceMemory, did_you_mean
+from .held import Held, Traffic, host
 from .manifest import Graph, Port
 from .memory import return_free_memory
+from .ort_device import BoundSession, OrtDevice
+from .ort_libraries import preload, why_not
 
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+_SHORT = {
+    "CPUExecutionProvider": "cpu",
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "tensorrt",
 }
 _TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
 _FATAL = (
@@ -50,13 +60,16 @@ class OrtEngine:
                 f"onnxruntime cannot be imported: {error}", "Run `pip install tta-runtime[cpu]`"
             ) from error
         self.spec: Graph = bundle.manifest.graphs[graph]
-        self.provider: str = options.provider
         self._key = graph
         self._profiled = options.profile is not None
         self._failures = _failures()
         self._inputs = frozenset(p.name for p in self.spec.inputs)
         self._outputs = [p.name for p in self.spec.outputs]
-        providers = _providers(options.provider, ort.get_available_providers())
+        wanted = _providers(options.provider, ort.get_available_providers())
+        on_gpu = options.provider != "cpu"
+        providers = [(name, _settings(name, options)) for name in wanted]
+        if on_gpu:
+            preload(ort)
         settings = ort.SessionOptions()
         settings.log_severity_level = _FATAL
         settings.intra_op_num_threads = options.threads or 0
@@ -79,6 +92,8 @@ class OrtEngine:
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
         settings.add_session_config_entry("session.disable_prepacking", "0" if options.prepack else "1")
+        if on_gpu:
+            settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if options.profile is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = options.profile
@@ -86,47 +101,75 @@ class OrtEngine:
             self._session = ort.InferenceSession(
                 str(bundle.file(graph)),
                 settings,
-                providers=list(providers),
+                providers=providers,
+                enable_fallback=0,
                 # The exporter has merged equal expressions; those it repeats on purpose (see its relu_masks) keep an
                 # activation from living until the backward pass.
                 disabled_optimizers=["CommonSubexpressionElimination"],
             )
         except self._failures as error:
+            if on_gpu and (why := why_not(ort, wanted[0])):
+                raise _does_not_start(options.provider, why) from error
             raise EngineFailed(
                 f"onnxruntime {ort.__version__} cannot load graph `{graph}`: {error}",
                 "Build the bundle again, or upgrade onnxruntime",
             ) from error
         # onnxruntime falls back silently when a provider's libraries are there but do not start.
         active = self._session.get_providers()
-        if active[0] != providers[0]:
-            raise EngineMissing(
-                f"provider `{options.provider}` does not start, onnxruntime would use {active[0]}",
-                "Check the driver and the CUDA libraries, or choose provider `cpu`",
-            )
+        if active[0] != wanted[0]:
+            why = why_not(ort, wanted[0]) or f"onnxruntime would use {active[0]}"
+            raise _does_not_start(options.provider, why)
         self._session.disable_fallback()
         _check_ports(graph, "input", self.spec.inputs, self._session.get_inputs())
         _check_ports(graph, "output", self.spec.outputs, self._session.get_outputs())
+        self.provider: str = placement(options.provider, self._session) if on_gpu else options.provider
+        self._bound: BoundSession | None = None
+        if on_gpu if options.resident is None else options.resident:
+            kind, number = ("cuda", options.device) if on_gpu else ("cpu", 0)
+            device = OrtDevice(ort, kind, number, providers, self._named)
+            self._bound = BoundSession(self._session, self.spec, device, ort)
         return_free_memory()  # what parsing took
 
-    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+    @property
+    def traffic(self) -> Traffic | None:
+        """Bytes copied between host and device; None where nothing stays on a device."""
+        return None if self._bound is None else self._bound.traffic
+
+    def run(self, inputs: Arrays) -> dict[str, Held]:
         """Outputs by value name, from inputs by value name.
+
+        On a GPU, what is bound to theta and state stays there.
 
         Raises:
             EngineFailed: the names are not those of the graph, or onnxruntime refuses or fails.
+            OutOfDeviceMemory: the GPU has no room for this batch.
         """
         if inputs.keys() != self._inputs:
             raise EngineFailed(
                 f"graph `{self._key}` takes {sorted(self._inputs)}, given {sorted(inputs)}",
                 "Give every input of the graph and nothing else",
             )
+        with self._named():
+            if self._bound is not None:
+                return self._bound.run(inputs)
+            feed = {name: host(value) for name, value in inputs.items()}
+            return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Gives what onnxruntime raises our name."""
         try:
-            values = self._session.run(self._outputs, dict(inputs))
+            yield
         except self._failures as error:
+            if _NO_ROOM.search(str(error)):
+                raise OutOfDeviceMemory(
+                    f"graph `{self._key}`: the GPU has no room: {error}",
+                    "Send smaller batches, lower step_batch, or free the GPU's memory",
+                ) from error
             raise EngineFailed(
                 f"graph `{self._key}` failed: {error}",
                 "Try a smaller batch; if that fails too, report the message",
             ) from error
-        return dict(zip(self._outputs, values, strict=True))
 
     def end_profiling(self) -> Path:
         """Stops measuring (`EngineOptions.profile`) and says where the times are: JSON in Chrome's trace format.
@@ -140,6 +183,54 @@ class OrtEngine:
                 "Load it with EngineOptions(profile=PREFIX)",
             )
         return Path(self._session.end_profiling())
+
+
+_NO_ROOM = re.compile(r"out of memory|OUT_OF_MEMORY|CUDNN_STATUS_ALLOC_FAILED|Failed to allocate memory")
+"""What onnxruntime says where the device, or its arena, has no room."""
+
+
+def _does_not_start(provider: str, why: str) -> EngineMissing:
+    return EngineMissing(
+        f"provider `{provider}` does not start: {why}",
+        "Run `tta-edge doctor`, which says what is missing and what to install, or choose engine `cpu`",
+    )
+
+
+def _settings(provider: str, options: EngineOptions) -> dict[str, str]:
+    """Settings of an execution provider."""
+    if provider == "CPUExecutionProvider":
+        return {}
+    device = {"device_id": str(options.device)}
+    if provider == "TensorrtExecutionProvider":
+        return device
+    return {
+        **device,
+        "use_tf32": str(int(options.tf32)),
+        # Trying every algorithm is done anew for every batch size, and a daemon sees many of them.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+
+
+def placement(provider: str, session: Any) -> str:
+    """The provider, and how many nodes of a session onnxruntime gave to another one.
+
+    Args:
+        provider: "cuda" or "tensorrt".
+        session: one that records the assignment.
+    """
+    ask = getattr(session, "get_provider_graph_assignment_info", None)
+    if ask is None:  # an older onnxruntime does not tell
+        return provider
+    nodes: Counter[str] = Counter()
+    for part in ask():
+        nodes[_SHORT.get(part.ep_name, part.ep_name)] += len(part.get_nodes())
+    others = [
+        f"{count} of {nodes.total()} nodes on {name}"
+        for name, count in sorted(nodes.items())
+        if name != provider
+    ]
+    return f"{provider} ({', '.join(others)})" if others else provider
 
 
 _MAX_WASTE_BYTES = 1 << 20

@@ -181,10 +181,52 @@ class EngineMissing(EngineError):
     code = "engine-missing"
 
 
+class DriverMissing(EngineMissing):
+    """This machine has no NVIDIA driver, or the driver finds no GPU."""
+
+    code = "driver-missing"
+
+
+class LibraryMissing(EngineMissing):
+    """No TensorRT is installed, or its libraries cannot be loaded."""
+
+    code = "library-missing"
+
+
+class LibraryUnsuitable(EngineMissing):
+    """The installed TensorRT has a version that cannot be used."""
+
+    code = "library-unsuitable"
+
+
+class GpuUnsupported(EngineMissing):
+    """The installed TensorRT does not know GPUs of this compute capability."""
+
+    code = "gpu-unsupported"
+
+
+class GraphsMissing(EngineMissing):
+    """The bundle was built without graphs for TensorRT."""
+
+    code = "graphs-missing"
+
+
 class EngineFailed(EngineError):
     """The engine refused to load or to run a graph; the cause holds its message."""
 
     code = "engine-failed"
+
+
+class OutOfDeviceMemory(EngineFailed):
+    """The GPU has no room for a graph or for a batch."""
+
+    code = "out-of-device-memory"
+
+
+class PlanRefused(EngineFailed):
+    """TensorRT refuses to parse or build a graph, or to load its plan."""
+
+    code = "plan-refused"
 
 
 # ---------------------------------------------------------------------------------------------- input

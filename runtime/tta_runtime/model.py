@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import inputs, state_file, theta
-from .arrays import frozen, is_finite, owned
+from .arrays import frozen, owned
 from .atomic import write_atomic
 from .bundle import Bundle
 from .engine import Engine, EngineOptions, Loader
@@ -42,6 +42,7 @@ from .errors import (
     did_you_mean,
 )
 from .files import reason
+from .held import Held, HostView, finite, hidden, host, on_host, unfetched, where
 from .inputs import Limits
 from .manifest import FORWARD, Manifest, MethodSpec, Port
 from .manifest_check import MAX_HYPER
@@ -61,6 +62,7 @@ class Prediction:
     """[batch, F], what the last layer sees; None if the graph does not return it."""
 
 
+@on_host("theta")
 @dataclass(frozen=True, eq=False)
 class Step:
     """What one step of the method would change. Nothing is changed until it is committed.
@@ -71,7 +73,7 @@ class Step:
     logits: NDArray[np.float32]
     """[batch, classes], of the theta before or after the update, as the method says."""
     theta: Vector
-    """[P], the new theta."""
+    """[P], the new theta; fetched from the engine's device when it is looked at."""
     state: Mapping[str, NDArray[Any]]
     """The method's new state by name."""
     report: Mapping[str, float]
@@ -80,6 +82,7 @@ class Step:
     """What the step started from; `commit` refuses a step that started from something else than is active."""
 
 
+@on_host("theta")
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """Theta, state and what the next random numbers follow from: what flips as one. Its arrays never change."""
@@ -328,7 +331,7 @@ class Model:
         target = self._check_target(target, len(x))
         if self._step is None:
             logits = self._predict(self._serve, x, now, self._serving(now)).logits
-            return Step(logits, now.theta, now.state, {}, now)
+            return Step(logits, hidden(unfetched(now, "theta")), now.state, {}, now)
         if len(x) < self.spec.min_batch:
             raise BatchTooSmall(
                 f"x has {len(x)} samples, a step of `{self.method}` needs {self.spec.min_batch}",
@@ -339,12 +342,13 @@ class Model:
                 f"x has {len(x)} samples, the step of `{self.method}` is compiled for {self.spec.batch}",
                 "Collect that many samples, or only predict",
             )
-        outputs = self._run(self._step, x, weight, now, now.theta if start is None else start, target)
-        report = outputs.pop(("report", ""), np.zeros(0, np.float32))
+        begin = unfetched(now, "theta") if start is None else start
+        outputs = self._run(self._step, x, weight, now, begin, target)
+        report = host(outputs.pop(("report", ""), np.zeros(0, np.float32)))
         return Step(
-            logits=outputs[("logits", "")],
-            theta=frozen(outputs[("theta", "")]),
-            state=MappingProxyType({s.name: frozen(outputs[("state", s.name)]) for s in self.spec.state}),
+            logits=host(outputs[("logits", "")]),
+            theta=hidden(_fixed(outputs[("theta", "")])),
+            state=_view({s.name: _fixed(outputs[("state", s.name)]) for s in self.spec.state}),
             report=dict(zip(self.spec.report, report.tolist(), strict=True)),
             origin=now,
         )
@@ -365,10 +369,10 @@ class Model:
             )
         if self._step is None:
             return
-        vector = theta.check(self.manifest.theta, step.theta)
+        vector = self._check_theta(unfetched(step, "theta"))
         state = self._check_state(step.state)
         self._last_good = now
-        self._active = Checkpoint(owned(vector), state, now.steps + 1, now.seed)
+        self._active = Checkpoint(hidden(vector), state, now.steps + 1, now.seed)
 
     def adapt(
         self,
@@ -461,9 +465,9 @@ class Model:
         Raises:
             LayoutMismatch, NonFiniteTheta, NonFiniteState: it does not fit. Nothing is changed then.
         """
-        vector = owned(theta.check(self.manifest.theta, checkpoint.theta))
+        vector = self._check_theta(unfetched(checkpoint, "theta"))
         state = self._check_state(checkpoint.state)
-        self._active = Checkpoint(vector, state, checkpoint.steps, checkpoint.seed)
+        self._active = Checkpoint(hidden(vector), state, checkpoint.steps, checkpoint.seed)
         self._last_good = None
 
     def encode(self, checkpoint: Checkpoint, *, generation: int = 0, notes: str = "") -> bytes:
@@ -522,10 +526,10 @@ class Model:
 
     # -------------------------------------------------------------------------------- inside
 
-    def _serving(self, now: Checkpoint) -> Vector:
+    def _serving(self, now: Checkpoint) -> Held:
         """The vector that answers between steps: theta, or a teacher held in the state."""
         kind, _, key = self.spec.serve_vector.partition(":")
-        return now.theta if kind == "theta" else now.state[key]
+        return unfetched(now, "theta") if kind == "theta" else where(now.state, key)
 
     def _start(self, vector: Vector, steps: int, seed: int) -> Checkpoint:
         """The vector with the method's initial state beside it."""
@@ -570,23 +574,33 @@ class Model:
             )
         return inputs.check_target(target, batch, self.manifest.classes)
 
+    def _check_theta(self, vector: Held) -> Held:
+        """The vector, read-only, if it can be theta; one on a device stays there."""
+        if isinstance(vector, np.ndarray):
+            return owned(theta.check(self.manifest.theta, vector))
+        if vector.shape != (self.manifest.theta.size,) or not finite(vector):
+            theta.check(self.manifest.theta, vector.host())  # says what is wrong
+        return vector
+
     def _check_state(self, state: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        arrays = {name: where(state, name) for name in state}
         expected = {s.name: (s.dtype, s.shape) for s in self.spec.state}
-        given = {name: (str(a.dtype), list(a.shape)) for name, a in state.items()}
+        given = {name: (str(a.dtype), list(a.shape)) for name, a in arrays.items()}
         if given != expected:
             raise LayoutMismatch(
                 f"the state is {given}, the method's is {expected}", "Commit what `step` returned"
             )
-        for name, array in state.items():
-            if not is_finite(array):
+        for name, array in arrays.items():
+            if not finite(array):
                 raise NonFiniteState(
                     f"state `{name}` holds values that are not finite", "Keep the previous state"
                 )
-        return MappingProxyType({name: owned(array) for name, array in state.items()})
+        return _view({n: owned(a) if isinstance(a, np.ndarray) else a for n, a in arrays.items()})
 
-    def _predict(self, engine: Engine, x: NDArray[Any], now: Checkpoint, vector: Vector) -> Prediction:
+    def _predict(self, engine: Engine, x: NDArray[Any], now: Checkpoint, vector: Held) -> Prediction:
         outputs = self._run(engine, x, None, now, vector)
-        return Prediction(outputs[("logits", "")], outputs.get(("features", "")))
+        features = outputs.get(("features", ""))
+        return Prediction(host(outputs[("logits", "")]), None if features is None else host(features))
 
     def _run(
         self,
@@ -594,19 +608,19 @@ class Model:
         x: NDArray[Any],
         weight: Vector | None,
         now: Checkpoint,
-        vector: Vector,
+        vector: Held,
         target: Vector | None = None,
-    ) -> dict[tuple[str, str], NDArray[Any]]:
+    ) -> dict[tuple[str, str], Held]:
         """Outputs by (bind, key): every port gets what the manifest binds it to."""
         anchor = self.engines.bundle.anchor
 
-        def bound(port: Port) -> NDArray[Any]:
+        def bound(port: Port) -> Held:
             if port.bind == "batch":
                 return x if port.key == "x" else cast(Vector, weight if port.key == "weight" else target)
             if port.bind == "theta":
                 return vector
             if port.bind == "state":
-                return now.state[port.key]
+                return where(now.state, port.key)
             if port.bind == "anchor":
                 return anchor[port.key]
             if port.bind == "hyper":
@@ -619,10 +633,21 @@ class Model:
         return {(port.bind, port.key): outputs[port.name] for port in engine.spec.outputs}
 
 
-def _check_output(port: Port, value: NDArray[Any], batch: int) -> None:
+def _fixed(value: Held) -> Held:
+    """The array an engine made, read-only from now on; one on a device is so already."""
+    return frozen(value) if isinstance(value, np.ndarray) else value
+
+
+def _view(arrays: dict[str, Held]) -> Mapping[str, NDArray[Any]]:
+    """Arrays by name, read-only; those on a device are fetched when they are looked at."""
+    here = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    return MappingProxyType(here) if len(here) == len(arrays) else HostView(arrays)
+
+
+def _check_output(port: Port, value: Held, batch: int) -> None:
     """An open dimension of the file may turn out as anything; here is the last place to notice."""
     want = [batch if n == "batch" else n for n in port.shape]
-    if len(want) != value.ndim or any(
+    if len(want) != len(value.shape) or any(
         isinstance(n, int) and n != m for n, m in zip(want, value.shape, strict=True)
     ):
         raise EngineFailed(

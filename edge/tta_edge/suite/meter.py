@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from numpy.typing import NDArray
+from collections.abc import Mapping
 
 from tta_runtime.bundle import Bundle
 from tta_runtime.engine import Arrays, Engine, EngineOptions
 from tta_runtime.engine_ort import OrtEngine
+from tta_runtime.held import Held
 from tta_runtime.manifest import Graph, Manifest
 
 
@@ -70,12 +69,12 @@ class _Counted:
         """The engine's."""
         return self._engine.provider
 
-    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Arrays) -> Mapping[str, Held]:
         """Run the graph and count it.
 
         Raises:
             EngineFailed: as the engine.
         """
         outputs = self._engine.run(inputs)
-        self._meter.count(len(inputs[self._x]), self._cost)
+        self._meter.count(inputs[self._x].shape[0], self._cost)
         return outputs
