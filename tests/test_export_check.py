@@ -18,7 +18,7 @@ from exported import built
 from snapshots import unchanged
 from tta_exporters.check import Check, check_bundle, example_batch
 from tta_exporters.errors import CheckFailed, ExtraMissing
-from tta_exporters.tensorrt import build_plan
+from tta_exporters.tensorrt import TARGETS, build_plan
 from tta_runtime import Bundle
 from tta_runtime.errors import BundleError, EngineMissing, FileTampered, ManifestMissing
 from tta_runtime.manifest import Graph, InputSpec, Port
@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 def checks(path: Path, *, tensorrt: bool = False) -> dict[tuple[str, str], Check]:
     """By graph and check; the bundle must be the same afterwards."""
     with unchanged(path):
-        found = list(check_bundle(path, tensorrt=tensorrt))
+        found = list(check_bundle(path, tensorrt=TARGETS if tensorrt else ()))
     assert all("\n" not in check.detail and check.detail for check in found)
     return {(check.graph, check.check): check for check in found}
 
@@ -119,7 +119,7 @@ def test_what_is_no_bundle_is_refused_before_any_check(
 ) -> None:
     spoil(path)
     with unchanged(path), pytest.raises(error):
-        next(check_bundle(path, tensorrt=tensorrt))
+        next(check_bundle(path, tensorrt=TARGETS if tensorrt else ()))
 
 
 # --- a graph that fails -----------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_tensorrt_builds_the_serve_and_the_tent_step(name: str) -> None:
     assert list(found)[-2:] == [*RT]
     for key in RT:
         assert found[key].ok, found[key].detail
-        assert found[key].detail.startswith("plan of ")
+        assert re.fullmatch(r"plan of \d+ bytes for compute capability 8.6, 8.9, 12.0", found[key].detail)
 
 
 def data_dependent(model: onnx.ModelProto) -> None:
@@ -307,5 +307,5 @@ def test_what_only_the_builder_refuses_is_told_in_its_words(tmp_path: Path) -> N
 def test_a_missing_builder_is_no_fault_of_the_bundle(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with unchanged(path), pytest.raises(ExtraMissing, match=r"tta-runtime\[rtx\]"):
-        next(check_bundle(path, tensorrt=True))
+        next(check_bundle(path, tensorrt=TARGETS))
     assert Bundle.open(path).manifest.default_method == "tent"

@@ -11,6 +11,7 @@ from tta_exporters.errors import OptionError, OutputExists, OutputUnwritable
 
 if TYPE_CHECKING:
     from tta_exporters.build import InputOptions
+    from tta_runtime.plan_build import Capability
 
 Source = Annotated[
     str,
@@ -34,7 +35,24 @@ AdapterSet = Annotated[
     list[str] | None,
     typer.Option("--adapter-set", help="OPTION=VALUE of the adapter, e.g. rank=8. Repeatable."),
 ]
+TARGETS = "8.6,8.9,12.0"
+Targets = Annotated[
+    str,
+    typer.Option("--tensorrt-targets", help="Compute capabilities that --tensorrt builds for, a comma list."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def capabilities(targets: str) -> tuple[Capability, ...]:
+    """What --tensorrt-targets says, of what the installed builder knows.
+
+    Raises:
+        ExtraMissing: there is no builder.
+        OptionError: it does not know one of them.
+    """
+    from tta_exporters.tensorrt import load_builder, parse_targets
+
+    return parse_targets(targets, load_builder())
 
 
 def check_place(out: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -36,9 +37,11 @@ from tta_exporters.errors import (
 )
 from tta_exporters.preprocess import Preprocess
 from tta_exporters.sources import load_attribute
+from tta_exporters.tensorrt import build_plan, load_builder, rewrite
 from tta_exporters.trace import EXAMPLE_BATCH, Argument, trace
 from tta_exporters.weights import WeightsWriter
 from tta_runtime import __version__, bundle, manifest
+from tta_runtime.plan_build import Capability
 from tta_runtime.theta import make_layout
 
 logger = logging.getLogger(__name__)
@@ -112,6 +115,8 @@ class BuildOptions:
         default_method: or None for the rule above.
         source_images: [n, *input.shape] as users send them, unlabelled, for methods that need facts of the source
             (eata); or None.
+        tensorrt: compute capabilities; with any, each graph gets a variant for TensorRT, whose builder must take it for
+            all of them.
         provenance: facts recorded in the manifest.
     """
 
@@ -129,6 +134,7 @@ class BuildOptions:
     head: str | None = None
     default_method: str | None = None
     source_images: Tensor | None = None
+    tensorrt: Sequence[Capability] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -274,10 +280,13 @@ def build(network: nn.Module, options: BuildOptions, out: Path, *, progress: Pro
         OutputExists: ``out`` holds something.
         OutputUnwritable: the directory cannot be made there.
         NetworkRefused, OptionError, TraceFailed, OperatorNotSupported: see each.
+        ExtraMissing, CheckFailed: TensorRT's builder is wanted and not installed, or refuses a graph.
     """
     target = out.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputExists(f"{out} exists and is not empty", "Remove it or choose another -o")
+    if options.tensorrt:
+        load_builder()  # before minutes of tracing
     adapter, methods = prepare(network, options)
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
@@ -351,6 +360,9 @@ def _write(
             if method.spec.steps:
                 progress(f"step.{name}: tracing and lowering")
                 graphs[f"step.{name}"] = _step_graph(name, adapter, method, options, work, weights)
+    for key, graph in graphs.items() if options.tensorrt else ():
+        progress(f"{key}: building for TensorRT")
+        build_plan(work, key, graph, options.tensorrt)
     progress("theta, anchor, manifest")
     source = adapter.source_theta().numpy()
     layout, vector = make_layout(
@@ -463,9 +475,9 @@ def _forward_graph(
         Argument("theta", adapter.source_theta(), dynamic=False),
     ]
     binds = [("batch", "x"), ("theta", ""), ("logits", ""), ("features", "")]
-    return _compile(
-        manifest.FORWARD, "serve", forward, arguments, ["logits", "features"], binds, adapter, work, weights
-    )
+    names = ["logits", "features"]
+    compiled = _compile(manifest.FORWARD, "serve", forward, arguments, names, binds, adapter, work, weights)
+    return _with_tensorrt(compiled, work) if options.tensorrt else compiled
 
 
 def _step_graph(
@@ -515,7 +527,7 @@ def _step_graph(
         )
         return (out.logits, out.theta, *(out.state[key] for key in state), out.report)
 
-    return _compile(
+    compiled = _compile(
         f"step.{name}",
         "step",
         step,
@@ -526,6 +538,16 @@ def _step_graph(
         work,
         weights,
     )
+    return _with_tensorrt(compiled, work) if options.tensorrt else compiled
+
+
+def _with_tensorrt(graph: manifest.Graph, work: Path) -> manifest.Graph:
+    """The graph with its variant for TensorRT written beside it."""
+    file = f"{graph.file.removesuffix('.onnx')}.tensorrt.onnx"
+    model = ir.load(work / graph.file)
+    rewrite(model)
+    ir.save(model, work / file)
+    return msgspec.structs.replace(graph, tensorrt=file)
 
 
 def _compile(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from tta_exporters.tensorrt import build_plan, load_builder
 from tta_runtime import Bundle, Engines, Model
 from tta_runtime.errors import EngineMissing, TtaError
 from tta_runtime.manifest import Graph, InputSpec, MethodSpec
+from tta_runtime.plan_build import Capability
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Check:
         return asdict(self)
 
 
-def check_bundle(path: Path, *, tensorrt: bool = False) -> Iterator[Check]:
+def check_bundle(path: Path, *, tensorrt: Sequence[Capability] = ()) -> Iterator[Check]:
     """Checks every graph of a bundle; yields as it goes, never stops at the first failure.
 
     Args:
         path: the bundle directory.
-        tensorrt: also parse and build every graph with the TensorRT-RTX builder.
+        tensorrt: compute capabilities; with any, every graph is also parsed and built with the TensorRT-RTX builder.
 
     Raises:
         BundleError: the directory is no bundle, so there is nothing to check graph by graph.
@@ -54,7 +55,7 @@ def check_bundle(path: Path, *, tensorrt: bool = False) -> Iterator[Check]:
         yield _attempt(key, f"runs ({name})", partial(_run, bundle, name))
     if tensorrt:
         for key, graph in bundle.manifest.graphs.items():
-            yield _attempt(key, "tensorrt", partial(_plan, path, key, graph))
+            yield _attempt(key, "tensorrt", partial(_plan, path, key, graph, tensorrt))
 
 
 def example_batch(spec: InputSpec, batch: int, seed: int) -> NDArray[np.float32] | NDArray[np.uint8]:
@@ -90,8 +91,9 @@ def _onnx_check(file: Path) -> str:
     return f"{file.stat().st_size} bytes"
 
 
-def _plan(path: Path, key: str, graph: Graph) -> str:
-    return f"plan of {build_plan(path, key, graph).plan_bytes} bytes"
+def _plan(path: Path, key: str, graph: Graph, targets: Sequence[Capability]) -> str:
+    names = ", ".join(f"{major}.{minor}" for major, minor in targets)
+    return f"plan of {build_plan(path, key, graph, targets).plan_bytes} bytes for compute capability {names}"
 
 
 def _run(bundle: Bundle, method: str) -> str:

@@ -104,6 +104,11 @@ def build(
     parity_steps: Annotated[
         int, typer.Option("--parity", min=0, help="Compare with eager torch over N steps; 0 skips.")
     ] = 3,
+    tensorrt: Annotated[
+        bool,
+        typer.Option("--tensorrt", help="Also write each graph for TensorRT, and have its builder take it."),
+    ] = False,
+    targets: arguments.Targets = arguments.TARGETS,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Compile a model and methods into a bundle.
@@ -119,6 +124,7 @@ def build(
     from tta_exporters.sources import load_network
     from tta_runtime import Model
 
+    capabilities = arguments.capabilities(targets) if tensorrt else ()
     origin = source.rstrip("/").rsplit("/", 1)[-1]
     users = arguments.users_input(input_shape, dtype, value_range, mean, std, raw_range)
     network = load_network(source, weights)
@@ -138,6 +144,7 @@ def build(
         head=head,
         default_method=default_method,
         source_images=load_source_images(source_images, users, MAX_SOURCE_IMAGES) if source_images else None,
+        tensorrt=capabilities,
         provenance={
             "source": origin,
             "weights": weights.name if weights else "none",
@@ -189,8 +196,10 @@ def build(
 def check(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     tensorrt: Annotated[
-        bool, typer.Option("--tensorrt", help="Also build every graph with TensorRT-RTX (no GPU needed).")
+        bool,
+        typer.Option("--tensorrt", help="Also build every graph with TensorRT-RTX (no GPU needed)."),
     ] = False,
+    targets: arguments.Targets = arguments.TARGETS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
 ) -> None:
     """Check a bundle's files and run every graph; exit 0 only if all pass.
@@ -202,7 +211,7 @@ def check(
     console = Console()
     results = []
     with Console(stderr=True).status("checking"):
-        for result in check_bundle(bundle, tensorrt=tensorrt):
+        for result in check_bundle(bundle, tensorrt=arguments.capabilities(targets) if tensorrt else ()):
             results.append(result)
             mark = "[green]ok[/green]  " if result.ok else "[red]FAIL[/red]"
             line = f" {result.graph:14s} {result.check:16s} {result.detail}"

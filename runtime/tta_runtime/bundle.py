@@ -29,6 +29,7 @@ from .errors import (
     FileTruncated,
     FileUnlisted,
     FileUnreadable,
+    GraphsMissing,
     LayoutMismatch,
     ManifestMissing,
     ManifestTooLarge,
@@ -97,6 +98,20 @@ class Bundle:
     def file(self, graph: str) -> Path:
         """Path of a graph's ONNX file."""
         return self.path / self.manifest.graphs[graph].file
+
+    def tensorrt_file(self, graph: str) -> Path:
+        """Path of the ONNX file that TensorRT is given for a graph.
+
+        Raises:
+            GraphsMissing: the bundle was built without.
+        """
+        name = self.manifest.graphs[graph].tensorrt
+        if name is None:
+            raise GraphsMissing(
+                f"{self.path} holds no TensorRT variant of graph `{graph}`",
+                "Build the bundle with `tta-export build --tensorrt`, or choose engine `cuda` or `cpu`",
+            )
+        return self.path / name
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -211,6 +211,12 @@ class GraphsMissing(EngineMissing):
     code = "graphs-missing"
 
 
+class PlanCacheRefused(EngineError):
+    """The directory for plans cannot be used: a plan is machine code, and others could write there."""
+
+    code = "plan-cache-refused"
+
+
 class EngineFailed(EngineError):
     """The engine refused to load or to run a graph; the cause holds its message."""
 

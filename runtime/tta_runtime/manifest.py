@@ -91,6 +91,8 @@ class Graph(Struct, frozen=True, kw_only=True):
     """"serve", "step", "probe" or "absorb"."""
     inputs: list[Port]
     outputs: list[Port]
+    tensorrt: str | None = None
+    """The same graph without the operators that TensorRT lacks, for plans that an edge builds; None: not made."""
 
 
 class StateSpec(Struct, frozen=True, kw_only=True):

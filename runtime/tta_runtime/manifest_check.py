@@ -68,7 +68,9 @@ def _check_files(manifest: Manifest) -> None:
             ManifestInconsistent,
             f"files.{name} has sha256 `{entry.sha256[:80]}`, expected 64 hexadecimal digits",
         )
-    for name in (THETA, ANCHOR, *(graph.file for graph in manifest.graphs.values())):
+    graphs = manifest.graphs.values()
+    plain = [graph.file for graph in graphs]
+    for name in (THETA, ANCHOR, *plain, *(graph.tensorrt for graph in graphs if graph.tensorrt is not None)):
         _need(name in manifest.files, ManifestInconsistent, f"`{name}` is used but not listed in files")
 
 
