@@ -75,7 +75,7 @@ def test_a_good_set_up_passes_and_nothing_is_changed(bundle, tmp_path):
     )
     assert code == 0, failing(found)
     assert {
-        "python", "packages", "onnxruntime", "settings", "bundle default", "engine default", "forward default",
+        "python", "packages", "onnxruntime", "settings", "gpu", "bundle default", "engine default", "forward default",
         "step default", "batches default", "threads", "disk", "bind", "http", "open files", "clock", "memory",
     } == found.keys()  # fmt: skip
     assert "step.tent runs on cpu" in found["engine default"]["text"]

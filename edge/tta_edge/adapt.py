@@ -25,7 +25,7 @@ from tta_edge.sight import Change
 from tta_edge.wire import StreamState
 from tta_runtime import theta as thetas
 from tta_runtime.arrays import is_finite
-from tta_runtime.errors import BatchTooSmall, EngineError, NonFinite, StaleBase, WrongBatch
+from tta_runtime.errors import BatchTooLarge, BatchTooSmall, EngineError, NonFinite, StaleBase, WrongBatch
 from tta_runtime.held import finite, where
 from tta_runtime.model import Checkpoint, Model, Step
 from tta_runtime.state_file import MAX_NOTES
@@ -565,7 +565,7 @@ class Stream:
         """A committed step, or why there is none."""
         try:
             step = self.model.step(x)
-        except (BatchTooSmall, WrongBatch) as error:
+        except (BatchTooLarge, BatchTooSmall, WrongBatch) as error:
             self._tell("skip", Reason.BATCH_SIZE, error.cause)
             return None, Reason.BATCH_SIZE
         refused = self._settle(step)

@@ -12,8 +12,8 @@ from tta_edge.options import BundleDirectory, ConfigFile, HyperSettings, given, 
 from tta_runtime.exit_codes import ExitCode
 
 KEYS = (
-    "bundle", "bundles", "method", "state_dir", "bind", "allow_remote", "http", "threads", "policy", "step_batch",
-    "inline_min_batch", "max_streams",
+    "bundle", "bundles", "method", "state_dir", "bind", "allow_remote", "http", "engine", "gpu", "plan_cache",
+    "threads", "policy", "step_batch", "inline_min_batch", "max_streams",
 )  # fmt: skip
 """The settings that its checks depend on and that are often changed; the others come from --config."""
 
@@ -34,9 +34,9 @@ def doctor(
 ) -> None:
     """Check that `tta-edge serve` with the same settings will work here, and say how to put right what will not.
 
-    Python and packages, the engine and what really runs the graphs, the bundle with a forward and a step, threads,
-    state directory, ports, limits, clock, and how much memory the daemon will take. Changes nothing. Ends with 0
-    if all is well or there are only warnings, with 1 if a check failed.
+    Python and packages, the GPU with its driver and libraries, what really runs the graphs, the bundle with a forward
+    and a step, threads, state directory, ports, limits, clock, and how much memory the daemon will take. Changes
+    nothing. Ends with 0 if all is well or there are only warnings, with 1 if a check failed.
 
     Example: tta-edge doctor my-bundle --config edge.toml --batch 32
     """

@@ -55,6 +55,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How theta changes; without it the bundle's default. Of the first bundle."""
     hyper: Hyper = msgspec.field(default_factory=dict)
     """Hyper-parameters of the method served (`lr`), or of one method by name (a table)."""
+    engine: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    """What computes. `auto`: TensorRT where the bundle was built for it, else CUDA, else the CPU; where a GPU is there
+    and not used, a warning, the status and a metric say so. Another is taken at its word, or nothing is served."""
+    gpu: Annotated[int, Meta(ge=0, le=1023)] = 0
+    """Number of the GPU."""
+    tf32: bool = False
+    """Let a GPU round the factors of float32 products to 10 bits: faster, and answers differ from the CPU's."""
+    plan_cache: str | None = None
+    """Directory, mode 0700, that keeps the plans which TensorRT builds; without it the service's or user's cache."""
+    plan_max_batch: Annotated[int, Meta(ge=1, le=65_536)] = 64
+    """Most samples that a TensorRT plan takes at once; larger requests are answered in parts and not stepped on."""
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     """Threads of all engines together; without it one for each core. Background policies split them."""
     step_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
@@ -304,7 +315,7 @@ def _put_file(layers: _Layers, file: Path) -> None:
         else:
             layers.put(key, value, origin, strict=True)
     # A path in a file means the same wherever the daemon is started.
-    for key in ("bundle", "state_dir"):
+    for key in ("bundle", "state_dir", "plan_cache"):
         if layers.values.get(key) is not None and key in table:
             layers.values[key] = str(file.parent / layers.values[key])
     if "bundles" in table:

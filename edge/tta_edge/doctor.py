@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tta_edge import doctor_gpu as gpu
 from tta_edge import doctor_machine as machine
 from tta_edge import hosting
 from tta_edge.config import Config, Resolved
@@ -44,6 +45,7 @@ def checks(settings: Callable[[], Resolved], batch: int, *, measure: bool = True
 
 
 def _with(config: Config, batch: int, *, measure: bool) -> Iterator[Check]:
+    yield from gpu.checks(config)
     good, slot_bytes = True, 0
     try:
         bundles = hosting.wanted(config)

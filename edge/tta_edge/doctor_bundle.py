@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tta_edge import hosting
 from tta_edge.config import BundleConfig, Config
 from tta_edge.wire import InputInfo
-from tta_runtime import Bundle, Engines, InputSpec, Manifest, Model
+from tta_runtime import Bundle, InputSpec, Manifest, Model
 from tta_runtime.checks import Check, fail, ok, warn
 from tta_runtime.errors import TtaError
 
@@ -48,15 +48,23 @@ def check_bundle(
         model = host.model(config)
     except TtaError as error:
         return [*checks, fail(f"engine {name}", f"{error.code}: {error.cause}", error.fix)], manifest
-    checks.append(ok(f"engine {name}", providers(host.engines)))
+    checks.append(engine(name, host))
     size = model.spec.window or model.spec.batch or max(batch, model.spec.min_batch)
     x = noise(manifest.input, size, np.random.default_rng(config.seed))
     return [*checks, *runs(name, model, x), batches(name, manifest, host.method, config, batch)], manifest
 
 
-def providers(engines: Engines) -> str:
+def engine(name: str, host: hosting.Host) -> Check:
     """What really runs each graph: a session that fell back to another provider was refused when it was loaded."""
-    return ", ".join(f"{graph} runs on {provider}" for graph, provider in engines.providers.items())
+    text = ", ".join(f"{graph} runs on {provider}" for graph, provider in host.engines.providers.items())
+    if host.fallbacks:
+        reasons = "; ".join(f"{each.graph} not on {each.wanted}: {each.reason}" for each in host.fallbacks)
+        return warn(
+            f"engine {name}",
+            f"{text} ({reasons})",
+            "See the checks above, or set engine to what shall run them",
+        )
+    return ok(f"engine {name}", text)
 
 
 def noise(spec: InputSpec | InputInfo, batch: int, rng: np.random.Generator) -> NDArray[Any]:

@@ -14,10 +14,11 @@ from pathlib import Path
 from tta_edge.config import DEFAULT_BUNDLE, BundleConfig, Config
 from tta_runtime import Limits
 from tta_runtime.bundle import Bundle
-from tta_runtime.engine import Engine, EngineOptions
-from tta_runtime.engine_ort import OrtEngine
+from tta_runtime.engine import Engine, EngineOptions, Loader
 from tta_runtime.errors import BadValue, MethodNeedsTeacher, UnknownMethod, did_you_mean
 from tta_runtime.model import Engines, Model
+from tta_runtime.plan_build import Batches
+from tta_runtime.selection import Fallback, Selector
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +65,10 @@ def give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
 
 
-def _in_the_background(bundle: Bundle, graph: str, options: EngineOptions) -> Engine:
+def _in_the_background(select: Loader, bundle: Bundle, graph: str, options: EngineOptions) -> Engine:
     """An engine whose own threads give way: they are as nice as the thread that loads it."""
     with ThreadPoolExecutor(1, "tta-loader", initializer=give_way) as pool:
-        return pool.submit(OrtEngine, bundle, graph, options).result()
+        return pool.submit(select, bundle, graph, options).result()
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Host:
         method: how theta changes.
         hyper: what is set of its hyper-parameters.
         loads: how often a bundle of this name was loaded.
+        fallbacks: graphs that do not run where `auto` would have them.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Host:
     method: str
     hyper: Mapping[str, float]
     loads: int = 1
+    fallbacks: tuple[Fallback, ...] = ()
 
     def model(self, config: Config) -> Model:
         """A new stream's model, at the source.
@@ -142,11 +145,11 @@ def load(name: str, bundle: BundleConfig, config: Config, *, before: Host | None
         )
     threads = divide(config, usable_cores())
     if before is not None and (before.engines.bundle.digest, before.method) == (opened.digest, method):
-        engines = before.engines
+        engines, fallbacks = before.engines, before.fallbacks
     else:
-        engines = _engines(opened, method, threads, background=config.policy != "inline")
+        engines, fallbacks = _engines(opened, method, config, threads)
     loads = 1 if before is None else before.loads + 1
-    host = Host(name, Path(bundle.path), engines, method, config.hyper_of(method), loads)
+    host = Host(name, Path(bundle.path), engines, method, config.hyper_of(method), loads, fallbacks)
     host.model(config)  # a wrong hyper-parameter stops the daemon, or the reload, and not its first client
     log.info(
         "serving `%s` (%s) with method `%s` of %s on %s, %d + %d threads, bundle %s",
@@ -162,20 +165,38 @@ def load(name: str, bundle: BundleConfig, config: Config, *, before: Host | None
     return host
 
 
-def _engines(bundle: Bundle, method: str, threads: Threads, *, background: bool) -> Engines:
-    step_options = EngineOptions(threads=threads.step)
+def _engines(
+    bundle: Bundle, method: str, config: Config, threads: Threads
+) -> tuple[Engines, tuple[Fallback, ...]]:
+    step_options = EngineOptions(threads=threads.step, tf32=config.tf32)
+    select = Selector(
+        config.engine,
+        device=config.gpu,
+        plan_cache=None if config.plan_cache is None else Path(config.plan_cache),
+        batches=plan_batches(bundle, method, config),
+    )
 
     def loader(bundle: Bundle, graph: str, options: EngineOptions) -> Engine:
-        apart = background and options is step_options
-        return (_in_the_background if apart else OrtEngine)(bundle, graph, options)
+        if config.policy != "inline" and options is step_options:
+            return _in_the_background(select, bundle, graph, options)
+        return select(bundle, graph, options)
 
-    return Engines.load(
+    engines = Engines.load(
         bundle,
         methods=[method],
-        options=EngineOptions(threads=threads.serve),
+        options=EngineOptions(threads=threads.serve, tf32=config.tf32),
         step_options=step_options,
         loader=loader,
     )
+    return engines, tuple(select.fallbacks)
+
+
+def plan_batches(bundle: Bundle, method: str, config: Config) -> Batches:
+    """Samples that plans take at once: never fewer than a step of the method has."""
+    spec = bundle.manifest.methods.get(method)
+    needed = 1 if spec is None else max(spec.window, spec.min_batch)
+    most = max(config.plan_max_batch, needed)
+    return Batches(1, min(config.step_batch, most), most)
 
 
 def load_all(config: Config) -> dict[str, Host]:

@@ -140,6 +140,13 @@ METRICS: tuple[Metric, ...] = (
         ],
     ),
     Metric(
+        "tta_engine_fallback_graphs",
+        "gauge",
+        ("bundle",),
+        "Graphs that do not run on the GPU that is there; the status says why.",
+        lambda status, _: [((bundle.name,), len(bundle.fallbacks)) for bundle in status.bundles],
+    ),
+    Metric(
         "tta_bundle_loads_total",
         "counter",
         ("bundle",),

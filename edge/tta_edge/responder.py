@@ -529,6 +529,7 @@ class Responder:
             loads=host.loads,
             base="" if not base.seq else f"{base.epoch}.{base.seq}",
             staged="" if staged is None else f"{staged[0]}.{staged[1]}",
+            fallbacks=[str(fallback) for fallback in host.fallbacks],
         )
 
     def _stream_status(self, stream: Stream) -> StreamStatus:

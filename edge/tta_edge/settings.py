@@ -23,7 +23,7 @@ from tta_edge.config import Config
 GROUPS = {
     "bind": "Address",
     "bundle": "What is served",
-    "threads": "Computing",
+    "engine": "Computing",
     "adapt": "When a step runs",
     "batch_max": "Requests",
     "max_streams": "Streams and what is kept of them",

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tta_edge.events import Reason
-from tta_edge.wire import CloudInfo, EventEntry, Requests, StatusReply, StreamStatus
+from tta_edge.wire import BundleStatus, CloudInfo, EventEntry, Requests, StatusReply, StreamStatus
 from tta_runtime import errors
 from tta_runtime.link import BUSY
 
@@ -207,12 +207,17 @@ def latency(status: StatusReply) -> str:
     return "  ".join(f"{name} {value:.1f} ms" for name, value in status.latency_ms.items())
 
 
+def runs_on(bundle: BundleStatus) -> str:
+    """What runs its graphs, and whether that is second choice; why stands in the JSON form."""
+    return f"{bundle.provider} (fallback)" if bundle.fallbacks else bundle.provider
+
+
 def bundle_table(status: StatusReply) -> Table:
     """What is served."""
     table = plain_table("bundle", "model", "method", "runs on", "digest", "base", "loads")
     for bundle in status.bundles:
         table.add_row(
-            bundle.name, bundle.model_id, bundle.method, bundle.provider, bundle.digest[:12], bundle.base or "-",
+            bundle.name, bundle.model_id, bundle.method, runs_on(bundle), bundle.digest[:12], bundle.base or "-",
             str(bundle.loads),
         )  # fmt: skip
     return table

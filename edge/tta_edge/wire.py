@@ -184,6 +184,8 @@ class BundleStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Epoch and number of the committed base; empty: the bundle's own theta."""
     staged: str = ""
     """Of the base on probation; empty: none."""
+    fallbacks: list[str] = []
+    """Graphs that do not run where `auto` would have them, each with the reason."""
 
 
 AutoMode = Literal["awake", "resting", "source"]

@@ -99,7 +99,7 @@ class OrtEngine:
             settings.profile_file_prefix = options.profile
         try:
             self._session = ort.InferenceSession(
-                str(bundle.file(graph)),
+                str(_file(bundle, graph, options.provider)),
                 settings,
                 providers=providers,
                 enable_fallback=0,
@@ -126,7 +126,7 @@ class OrtEngine:
         self._bound: BoundSession | None = None
         if on_gpu if options.resident is None else options.resident:
             kind, number = ("cuda", options.device) if on_gpu else ("cpu", 0)
-            device = OrtDevice(ort, kind, number, providers, self._named)
+            device = OrtDevice(ort, kind, number, providers, self._naming)
             self._bound = BoundSession(self._session, self.spec, device, ort)
         return_free_memory()  # what parsing took
 
@@ -149,27 +149,32 @@ class OrtEngine:
                 f"graph `{self._key}` takes {sorted(self._inputs)}, given {sorted(inputs)}",
                 "Give every input of the graph and nothing else",
             )
-        with self._named():
+        try:
             if self._bound is not None:
                 return self._bound.run(inputs)
             feed = {name: host(value) for name, value in inputs.items()}
             return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+        except self._failures as error:
+            raise self._named(error) from error
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _naming(self) -> Iterator[None]:
         """Gives what onnxruntime raises our name."""
         try:
             yield
         except self._failures as error:
-            if _NO_ROOM.search(str(error)):
-                raise OutOfDeviceMemory(
-                    f"graph `{self._key}`: the GPU has no room: {error}",
-                    "Send smaller batches, lower step_batch, or free the GPU's memory",
-                ) from error
-            raise EngineFailed(
-                f"graph `{self._key}` failed: {error}",
-                "Try a smaller batch; if that fails too, report the message",
-            ) from error
+            raise self._named(error) from error
+
+    def _named(self, error: Exception) -> EngineFailed:
+        if _NO_ROOM.search(str(error)):
+            return OutOfDeviceMemory(
+                f"graph `{self._key}`: the GPU has no room: {error}",
+                "Send smaller batches, lower step_batch, or free the GPU's memory",
+            )
+        return EngineFailed(
+            f"graph `{self._key}` failed: {error}",
+            "Try a smaller batch; if that fails too, report the message",
+        )
 
     def end_profiling(self) -> Path:
         """Stops measuring (`EngineOptions.profile`) and says where the times are: JSON in Chrome's trace format.
@@ -187,6 +192,13 @@ class OrtEngine:
 
 _NO_ROOM = re.compile(r"out of memory|OUT_OF_MEMORY|CUDNN_STATUS_ALLOC_FAILED|Failed to allocate memory")
 """What onnxruntime says where the device, or its arena, has no room."""
+
+
+def _file(bundle: Bundle, graph: str, provider: str) -> Path:
+    """The graph's file; for TensorRT the variant without what it lacks, where there is one."""
+    if provider == "tensorrt" and bundle.manifest.graphs[graph].tensorrt is not None:
+        return bundle.tensorrt_file(graph)
+    return bundle.file(graph)
 
 
 def _does_not_start(provider: str, why: str) -> EngineMissing:

@@ -25,7 +25,7 @@ from .arrays import frozen, is_finite, is_fixed
 from .bundle import Bundle
 from .cuda_driver import Buffer, CudaDevice, CudaDriver
 from .engine import FIXED, RESIDENT, Arrays, EngineOptions
-from .errors import EngineError, EngineFailed, PlanRefused
+from .errors import BatchTooLarge, EngineError, EngineFailed, PlanRefused
 from .held import Held, Resident, Traffic, host
 from .manifest import Graph, Port
 from .plan_build import Batches, Request, build_plan, make_listener, resident_outputs
@@ -182,6 +182,7 @@ class TrtEngine:
 
         Raises:
             EngineFailed: the names, shapes or types are not those of the graph, or TensorRT fails.
+            BatchTooLarge: a step on more samples than its plan takes.
             OutOfDeviceMemory: the GPU has no room for this batch.
         """
         if inputs.keys() != self._inputs:
@@ -197,8 +198,8 @@ class TrtEngine:
             if batch is None or batch <= most:
                 return self._guarded(feed)
             if self.spec.role != "serve":
-                raise EngineFailed(
-                    f"graph `{self._key}`: {batch} samples, its plan takes {most} at once",
+                raise BatchTooLarge(
+                    f"x has {batch} samples, the plan of graph `{self._key}` takes {most} at once",
                     "Step on fewer samples, or raise plan_max_batch",
                 )
             parts = [self._guarded(_part(self.spec, feed, at, most)) for at in range(0, batch, most)]

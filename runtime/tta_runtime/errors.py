@@ -310,6 +310,12 @@ class BatchTooSmall(InputError):
     code = "batch-too-small"
 
 
+class BatchTooLarge(InputError):
+    """A step's batch has more samples than the graph was built for."""
+
+    code = "batch-too-large"
+
+
 class WrongBatch(InputError):
     """The method's step was compiled for another, fixed number of samples."""
 

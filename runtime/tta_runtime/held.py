@@ -5,7 +5,6 @@ Everything else sees ordinary arrays. A copy comes to the host when somebody loo
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -18,27 +17,30 @@ from .arrays import is_finite
 _T = TypeVar("_T")
 
 
-class Resident(ABC):
-    """An array on an engine's device. Nobody writes to it as long as somebody holds it."""
+class Resident:
+    """An array on an engine's device. Nobody writes to it as long as somebody holds it.
+
+    A plain class: whether an array is one is asked for every input of every run.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
-    @abstractmethod
     def host(self) -> NDArray[Any]:
         """The values on the host, read-only; copied the first time only.
 
         Raises:
             EngineFailed: the device fails.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def is_finite(self) -> bool:
         """Whether every value is finite; asked on the device, which sends a few bytes.
 
         Raises:
             EngineFailed: the device fails.
         """
+        raise NotImplementedError
 
 
 Held = NDArray[Any] | Resident
@@ -121,4 +123,4 @@ class HostView(Mapping[str, NDArray[Any]]):
 
 def where(arrays: Mapping[str, NDArray[Any]], name: str) -> Held:
     """An array of a mapping where it is, without fetching it."""
-    return arrays.where(name) if isinstance(arrays, HostView) else arrays[name]
+    return arrays.where(name) if type(arrays) is HostView else arrays[name]
