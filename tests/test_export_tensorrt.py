@@ -1,6 +1,6 @@
 """Every method's step through TensorRT's parser and builder, on a network with BatchNorm and one with LayerNorm.
 
-What is refused stands in docs/tensorrt.md, and nothing else may be.
+What is refused stands in docs/gpu.md, and nothing else may be.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REFUSED: dict[tuple[str, str], str] = {}
 SETTINGS = {"cotta": {"views": "1"}, "lame": {"iterations": "10"}, "vida": {"views": "2"}}
 """Fewer repetitions of the same nodes."""
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "tensorrt.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 
 
 def test_the_page_lists_what_is_refused() -> None:
