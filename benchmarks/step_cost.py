@@ -30,7 +30,9 @@ MODELS: dict[str, tuple[str, int, int]] = {
     "resnet18": ("torchvision:resnet18", 224, 1000),
     "resnet50": ("torchvision:resnet50", 224, 1000),
     "vit_tiny": ("timm:vit_tiny_patch16_224", 224, 1000),
+    "vit_b": ("timm:vit_base_patch16_224", 224, 1000),
 }
+DEFAULT = ("resnet20", "resnet18", "resnet50", "vit_tiny")
 THREADS = 2
 LR = 1e-3
 
@@ -41,7 +43,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    parser.add_argument("--models", default=",".join(MODELS), help="comma list")
+    parser.add_argument("--models", default=",".join(DEFAULT), help="comma list")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9, help="interleaved rounds; the median is reported")
     parser.add_argument(
@@ -97,13 +99,14 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def export(name: str, bundle: Path) -> None:
-    """Builds the bundle of a model with the methods source and tent."""
+def export(name: str, bundle: Path, tensorrt: Sequence[tuple[int, int]] = ()) -> None:
+    """Builds the bundle of a model with the methods source and tent, for TensorRT as well if targets are named."""
     from tta_exporters.build import BuildOptions, InputOptions, build
     from tta_exporters.sources import load_network
 
     source, size, classes = MODELS[name]
-    options = BuildOptions(name, InputOptions((3, size, size)), classes, ["source", "tent"])
+    inputs = InputOptions((3, size, size))
+    options = BuildOptions(name, inputs, classes, ["source", "tent"], tensorrt=tensorrt)
     build(load_network(source), options, bundle)
 
 
@@ -153,14 +156,17 @@ def ours(bundle: Path, x: np.ndarray, *, spin: bool = False) -> dict[str, Callab
     return {"step_ms": lambda: model.adapt(x), "forward_ms": lambda: model.predict(x)}
 
 
-def tent(name: str, x: np.ndarray, *, compiled: bool) -> Callable[[], object]:
-    """TENT as one writes it in PyTorch: batch statistics, entropy, SGD on the norm layers' affine parameters."""
+def tent(name: str, x: np.ndarray, *, compiled: bool, device: str = "cpu") -> Callable[[], object]:
+    """TENT as one writes it in PyTorch: batch statistics, entropy, SGD on the norm layers' affine parameters.
+
+    The batch comes from the host and the logits go back there, as a service has it.
+    """
     import torch
     from torch import nn
 
     from tta_exporters.sources import load_network
 
-    network = load_network(MODELS[name][0]).train().requires_grad_(False)
+    network = load_network(MODELS[name][0]).train().requires_grad_(False).to(device)
     parameters = []
     for module in network.modules():
         if isinstance(module, nn.Dropout):
@@ -175,13 +181,13 @@ def tent(name: str, x: np.ndarray, *, compiled: bool) -> Callable[[], object]:
     batch = torch.from_numpy(x)
 
     def step() -> object:
-        logits = forward(batch)
+        logits = forward(batch.to(device))
         log_p = logits.log_softmax(1)
         loss = -(log_p.exp() * log_p).sum(1).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return logits
+        return logits.detach().cpu()
 
     return step
 
@@ -213,11 +219,11 @@ def memory_child(kind: str, name: str, bundle: str, batch: int) -> None:
     print(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")))
 
 
-def profile(bundle: Path, batch: int, rounds: int = 4) -> str:
+def profile(bundle: Path, batch: int, rounds: int = 4, provider: str = "cpu") -> str:
     """Milliseconds per operator type of our step, from ONNX Runtime's own profiler."""
     from tta_runtime import Bundle, EngineOptions, OrtEngine
 
-    options = EngineOptions(threads=THREADS, profile=str(bundle.parent / "profile"))
+    options = EngineOptions(threads=THREADS, provider=provider, profile=str(bundle.parent / "profile"))
     engine = OrtEngine(Bundle.open(bundle), "step.tent", options)
     shapes = {
         port.name: [batch if axis == "batch" else int(axis) for axis in port.shape]
@@ -230,9 +236,11 @@ def profile(bundle: Path, batch: int, rounds: int = 4) -> str:
     events = json.loads(engine.end_profiling().read_text())
     starts = [event["ts"] for event in events if event["name"] == "model_run"]
     totals: dict[str, float] = {}
+    on_gpu = any(event.get("cat") == "Kernel" for event in events)
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= starts[1]:
-            kind = event["args"]["op_name"]
+        node = event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+        if (event.get("cat") == "Kernel" if on_gpu else node) and event["ts"] >= starts[1]:
+            kind = event["name"][:40] if on_gpu else event["args"]["op_name"]
             totals[kind] = totals.get(kind, 0.0) + event["dur"] / 1e3 / rounds
     whole = sum(totals.values())
     top = sorted(totals.items(), key=lambda item: -item[1])[:10]
