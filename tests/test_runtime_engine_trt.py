@@ -92,6 +92,25 @@ def test_theta_and_state_stay_and_their_buffers_rotate(bundle, loader):
     assert stand_ins.allocated() == taken  # what was let go is used again
 
 
+def test_nothing_stays_on_the_gpu_when_nobody_holds_it(bundle, tmp_path):
+    gc.collect()
+    before = stand_ins.allocated()
+    loader = TrtLoader(stand_ins.library(), stand_ins.driver(), cache=tmp_path / "plans", batches=BATCHES)
+    _, model = models(bundle, loader, "tent")
+    for n in (4, 9, 16):
+        step = model.adapt(samples(n))
+        model.predict(samples(n))
+    checkpoint = model.checkpoint
+    expected = np.array(model.theta)
+    del loader, model, step
+    gc.collect()
+    assert stand_ins.allocated() > before
+    np.testing.assert_array_equal(checkpoint.theta, expected)  # held by itself
+    del checkpoint
+    gc.collect()
+    assert stand_ins.allocated() == before
+
+
 def test_a_rollback_gives_the_old_buffer_back_untouched(bundle, loader):
     plain, there = models(bundle, loader, "tent")
     for model in (plain, there):

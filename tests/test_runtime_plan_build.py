@@ -85,6 +85,35 @@ def test_each_float_output_that_stays_on_the_device_has_a_sum(bundle):
     assert list(resident_outputs(step)) == kept
 
 
+COUNTS = """
+<ir_version: 8, opset_import: ["" : 20]>
+g (float[batch,4] x, float s, float[4] v) => (float[batch,4] y, float t, float[4] w)
+{
+  one = Constant <value = float {1}> ()
+  moved = Add (x, s)
+  y = Add (moved, v)
+  t = Add (s, one)
+  w = Add (v, s)
+}
+"""
+
+
+def test_a_state_that_is_a_scalar_builds_without_a_sum(library, tmp_path):
+    onnx.save(onnx.parser.parse_model(COUNTS), tmp_path / "g.onnx")
+
+    def port(name: str, shape: list[int | str], bind: str, key: str = "") -> Port:
+        return Port(name=name, dtype="float32", shape=shape, bind=bind, key=key)
+
+    graph = Graph(
+        file="g.onnx",
+        role="step",
+        inputs=[port("x", ["batch", 4], "batch", "x"), port("s", [], "state", "s"), port("v", [4], "theta")],
+        outputs=[port("y", ["batch", 4], "logits"), port("t", [], "state", "s"), port("w", [4], "theta")],
+    )
+    assert list(resident_outputs(graph)) == ["w"]
+    assert build_plan(library, Request("step", tmp_path / "g.onnx", graph, capabilities=TARGETS))[0]
+
+
 def external(location: str, file: Path) -> None:
     """A graph that adds a weight which lies at a location."""
     weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import re
 import weakref
-from collections import defaultdict, deque
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,9 +184,10 @@ class CudaDriver:
 class Buffer:
     """Memory of the device; goes back to its pool when nobody holds it any more."""
 
-    def __init__(self, pointer: int, nbytes: int, free: deque[int]) -> None:
+    def __init__(self, device: CudaDevice, pointer: int, nbytes: int, free: deque[int]) -> None:
         self.pointer = pointer
         self.nbytes = nbytes
+        self._device = device  # whose pool must not be given back before
         # Appending to a deque is one operation, whatever thread the garbage collector interrupts.
         weakref.finalize(self, free.append, pointer).atexit = False
 
@@ -202,17 +204,21 @@ class CudaDevice:
         device = driver.device(number)
         self._context = _Handle()
         driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
-        self._free: defaultdict[int, deque[int]] = defaultdict(deque)
+        self._free: dict[int, deque[int]] = {}
+        self._streams: list[int] = []
+        end = weakref.finalize(self, _give_back, driver, device, self._context, self._free, self._streams)
+        end.atexit = False  # then the driver itself may be gone
 
     def use(self) -> None:
         """Make this GPU the one that the calling thread means."""
         self.driver.call("cuCtxSetCurrent", self._context)
 
     def stream(self) -> int:
-        """A new stream; it lives as long as the process."""
+        """A new stream; it lives as long as this object."""
         stream = _Handle()
         self.driver.call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
-        return int(stream.value or 0)
+        self._streams.append(int(stream.value or 0))
+        return self._streams[-1]
 
     def take(self, nbytes: int) -> Buffer:
         """Memory of at least so many bytes: a buffer that was let go, or a new one.
@@ -221,22 +227,20 @@ class CudaDevice:
             OutOfDeviceMemory: there is no room.
         """
         size = _size_class(nbytes)
-        free = self._free[size]
+        free = self._free.setdefault(size, deque())
         try:
-            return Buffer(free.pop(), size, free)
+            return Buffer(self, free.pop(), size, free)
         except IndexError:
             pass
         try:
-            return Buffer(self._allocate(size), size, free)
+            return Buffer(self, self._allocate(size), size, free)
         except OutOfDeviceMemory:
             self.trim()  # buffers of batch sizes that no longer come
-            return Buffer(self._allocate(size), size, free)
+            return Buffer(self, self._allocate(size), size, free)
 
     def trim(self) -> None:
         """Give back what the pool holds and nobody uses."""
-        for free in list(self._free.values()):
-            while free:
-                self.driver.call("cuMemFree_v2", free.pop())
+        _empty(self.driver, self._free)
 
     def copy_in(self, buffer: Buffer, array: NDArray[Any], stream: int) -> None:
         """Begin to copy a C-contiguous array into a buffer; it must live until the stream was waited for."""
@@ -265,6 +269,25 @@ class CudaDevice:
         pointer = _Pointer()
         self.driver.call("cuMemAlloc_v2", ctypes.byref(pointer), nbytes)
         return int(pointer.value)
+
+
+def _empty(driver: CudaDriver, pool: dict[int, deque[int]]) -> None:
+    for free in list(pool.values()):
+        with suppress(IndexError):  # another thread may take the last one
+            while True:
+                driver.call("cuMemFree_v2", free.pop())
+
+
+def _give_back(
+    driver: CudaDriver, device: int, context: ctypes.c_void_p, pool: dict[int, deque[int]], streams: list[int]
+) -> None:
+    """When nobody holds a device any more, nor a buffer of it."""
+    with suppress(EngineFailed):  # a GPU that has failed takes its memory with it
+        driver.call("cuCtxSetCurrent", context)
+        _empty(driver, pool)
+        for stream in streams:
+            driver.call("cuStreamDestroy_v2", stream)
+        driver.call("cuDevicePrimaryCtxRelease_v2", device)
 
 
 def _size_class(nbytes: int) -> int:

@@ -28,7 +28,7 @@ from .engine import FIXED, RESIDENT, Arrays, EngineOptions
 from .errors import BatchTooLarge, EngineError, EngineFailed, PlanRefused
 from .held import Held, Resident, Traffic, host
 from .manifest import Graph, Port
-from .plan_build import Batches, Request, build_plan, make_listener, resident_outputs
+from .plan_build import Batches, Request, build_plan, make_listener, register_plugins, resident_outputs
 from .plan_cache import Key, PlanCache, default_directory
 from .trt_library import TrtLibrary
 
@@ -156,6 +156,7 @@ class TrtEngine:
         plan = _plan(loader, bundle, graph, options)
         trt = loader.library.module
         self._listener = make_listener(trt)
+        register_plugins(loader.library, self._listener)
         self._runtime = trt.Runtime(self._listener)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:

@@ -88,7 +88,9 @@ class OrtDevice:
     def _summing(self) -> Any:
         settings = self._ort.SessionOptions()
         settings.log_severity_level = 4
-        return self._ort.InferenceSession(sum_graph(), settings, providers=self._providers, enable_fallback=0)
+        # TensorRT would build a plan for it.
+        providers = [each for each in self._providers if each[0] != "TensorrtExecutionProvider"]
+        return self._ort.InferenceSession(sum_graph(), settings, providers=providers, enable_fallback=0)
 
 
 class BoundSession:

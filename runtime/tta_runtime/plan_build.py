@@ -99,6 +99,7 @@ def build_plan(library: TrtLibrary, request: Request, timing: bytes = b"") -> tu
     trt = library.module
     listener = make_listener(trt)
     shapes = profile(request)
+    register_plugins(library, listener)
     try:
         builder = trt.Builder(listener)
         network = builder.create_network(0)
@@ -119,8 +120,11 @@ def build_plan(library: TrtLibrary, request: Request, timing: bytes = b"") -> tu
             config.num_compute_capabilities = len(request.capabilities)
             for index, (major, minor) in enumerate(request.capabilities):
                 config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{major}{minor}"), index)
-        if not library.is_rtx:
-            config.set_timing_cache(config.create_timing_cache(timing), False)
+        timings = (
+            None if library.is_rtx else config.create_timing_cache(timing)
+        )  # must live as long as the build
+        if timings is not None:
+            config.set_timing_cache(timings, False)
         if shapes:
             bounds = builder.create_optimization_profile()
             for name, (least, usual, most) in shapes.items():
@@ -140,8 +144,9 @@ def build_plan(library: TrtLibrary, request: Request, timing: bytes = b"") -> tu
 
 
 def resident_outputs(graph: Graph) -> Mapping[str, str]:
-    """Output that stays on the device -> output that holds its sum."""
-    ports = [port for port in graph.outputs if port.bind in RESIDENT and port.dtype == "float32"]
+    """Output that stays on the device -> output that holds its sum. A scalar has none: TensorRT does not reduce it."""
+    kept = [port for port in graph.outputs if port.bind in RESIDENT and port.shape]
+    ports = [port for port in kept if port.dtype == "float32"]
     return {port.name: f"{SUM}{port.name}" for port in ports}
 
 
@@ -173,6 +178,13 @@ def make_listener(trt: Any) -> Any:
             return flat(self.complaints[-1]) if self.complaints else "it does not say why"
 
     return Listener()
+
+
+def register_plugins(library: TrtLibrary, listener: Any) -> None:
+    """Some operators of ONNX are plugins that TensorRT brings; it looks for them only when it is told to."""
+    register = None if library.is_rtx else getattr(library.module, "init_libnvinfer_plugins", None)
+    if register is not None:
+        register(listener, "")
 
 
 def flat(message: str) -> str:
