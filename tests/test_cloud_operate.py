@@ -19,7 +19,7 @@ from cloud_records import EDGE, OTHER, Kept, patch
 from cloud_server import METHODS, images, serving, ticket
 from running import PATIENCE_S, REPOSITORY, process_environment, running
 from serving import until
-from tta_cloud import agreement, control, edges, identity, learners, ledger, schema, steering
+from tta_cloud import agreement, control, edges, identity, learners, ledger, origins, schema, steering
 from tta_cloud.cli import app
 from tta_cloud.errors import GroupPinned, NothingToDo, NotPinnable, Refused, StaleLearner, UnknownPatch
 from tta_cloud.exit_codes import exit_code
@@ -494,13 +494,15 @@ def test_a_base_is_compared_with_the_teacher_on_the_samples_that_it_answered(bun
     assert agreement.compare(learner, lambda seq: None, rows) == {}
 
 
-def test_a_store_of_the_version_before_gets_what_is_new(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", range(1, schema.VERSION))
+def test_a_store_of_a_version_before_gets_what_is_new(tmp_path: Path, version: int) -> None:
     with Kept(tmp_path / "data") as kept:
         kept.insert(1, 2)
     path = tmp_path / "data" / "cloud.db"
     db = sqlite3.connect(path)
-    db.execute("DROP TABLE agreement")
-    schema.put_meta(db, "version", 1)
+    for table in ("agreement", "origins")[version - 1 :]:
+        db.execute(f"DROP TABLE {table}")
+    schema.put_meta(db, "version", version)
     db.commit()
     db.close()
     with Kept(tmp_path / "data") as kept:
@@ -508,6 +510,7 @@ def test_a_store_of_the_version_before_gets_what_is_new(tmp_path: Path) -> None:
         assert len(kept.unused()) == 2
         kept.call(agreement.note({EDGE: [True]}, 5))
         assert kept.read(agreement.known)[EDGE].share == 1
+        assert kept.read(origins.listed) == []
         assert kept.read(lambda db: schema.meta(db, "version")) == schema.VERSION
 
 
