@@ -20,7 +20,7 @@ from tta_adapters.stream import StreamMapper, key
 from tta_adapters.stream_objective import led
 from tta_exporters.errors import NetworkRefused, OptionError, SourceError
 from tta_exporters.graphs import write_graph
-from tta_exporters.staging import staged
+from tta_exporters.staging import check_free, staged
 from tta_exporters.trace import Argument
 from tta_exporters.weights import WeightsWriter
 from tta_runtime import __version__, bundle, manifest
@@ -81,10 +81,11 @@ def build_text(
     Raises:
         OptionError: a chunk, context or token that does not fit the decoder.
         NetworkRefused: weights that are not finite.
-        SourceError: the tokenizer's file cannot be read.
+        SourceError: the tokenizer's file is not there or cannot be read.
         OutputExists, OutputUnwritable: see :func:`tta_exporters.staging.staged`.
         TraceFailed, OperatorNotSupported: the decoder or the mapper cannot be a graph.
     """
+    check_free(out)
     context = _check(decoder, mapper, options)
     with staged(out) as work:
         graphs = {}
@@ -115,6 +116,8 @@ def _check(decoder: Decoder, mapper: StreamMapper, options: TextOptions) -> int:
             f"without a tokenizer tokens are bytes, and the vocabulary has {config.vocabulary}",
             "Give --tokenizer",
         )
+    if options.tokenizer is not None and not options.tokenizer.is_file():
+        raise SourceError(f"there is no file {options.tokenizer}", "Check --tokenizer")
     spoilt = [
         name
         for module in (decoder, mapper)
