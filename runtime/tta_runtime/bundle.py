@@ -98,6 +98,14 @@ class Bundle:
         """Path of a graph's ONNX file."""
         return self.path / self.manifest.graphs[graph].file
 
+    def content(self, name: str) -> bytes:
+        """The bytes of a small listed file, hashed as they are read (B16).
+
+        Raises:
+            BundleError: it cannot be read, or is no longer what the manifest lists.
+        """
+        return _read_listed(self.path, name, self.manifest.files[name])
+
 
 # ------------------------------------------------------------------------------------------ reading
 

@@ -1,4 +1,4 @@
-"""Whether the parts of a manifest agree: clauses B6 to B9 of docs/spec/bundle.md, without any I/O."""
+"""Whether the parts of a manifest agree: clauses B6 to B9, B17 and B18 of docs/spec/bundle.md, without any I/O."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .errors import (
     LayoutMalformed,
     ManifestInconsistent,
     PathEscapes,
+    WrongTask,
     did_you_mean,
 )
 from .manifest import (
@@ -39,6 +40,8 @@ MAX_ELEMENTS = 1 << 40
 MAX_WINDOW = 4096
 MAX_RAND = 1 << 24
 MAX_PASSES = 1e6
+MAX_CHUNK = 1 << 16
+"""The tokens that wait for a chunk stand in the notes of a state file."""
 MAX_HYPER = 3e38
 """A larger number is not a float32."""
 
@@ -67,6 +70,33 @@ def check(manifest: Manifest) -> None:
         _check_graph(manifest, key, graph)
     for name, method in manifest.methods.items():
         _check_method(manifest, name, method)
+
+
+def expect_task(manifest: Manifest, task: str) -> None:
+    """Whether a bundle is for a task.
+
+    Raises:
+        WrongTask: it is for another one.
+    """
+    if manifest.task != task:
+        raise WrongTask(
+            f"bundle `{manifest.model_id}` is for the task `{manifest.task}`, `{task}` was asked for",
+            "Use tta_runtime.TextModel, or the requests score, generate and absorb (tta-edge text)"
+            if manifest.text is not None
+            else "Use tta_runtime.Model, or the request predict",
+        )
+
+
+def expect_text(manifest: Manifest) -> TextSpec:
+    """What a bundle says of its texts.
+
+    Raises:
+        WrongTask: it is for another task.
+    """
+    expect_task(manifest, "text")
+    if manifest.text is None:  # B17 has excluded it where the bundle was opened
+        raise WrongTask(f"bundle `{manifest.model_id}` does not describe its texts", REBUILD)
+    return manifest.text
 
 
 # ------------------------------------------------------------------------------------------ B6: file names
@@ -207,9 +237,10 @@ def _check_text(manifest: Manifest) -> None:
     expected = ("int64", [1, "tokens"], "tokens", 0.0, vocabulary - 1.0)
     _need(given == expected, ManifestInconsistent, f"input of a text is {given}, expected {expected}")
     _need(
-        1 <= text.chunk < text.context,
+        1 <= text.chunk < text.context and text.chunk <= MAX_CHUNK,
         ManifestInconsistent,
-        f"text.chunk is {text.chunk} and text.context {text.context}, expected 1 <= chunk < context",
+        f"text.chunk is {text.chunk} and text.context {text.context}, expected 1 <= chunk < context and chunk at "
+        f"most {MAX_CHUNK}",
     )
     _need(
         len(text.cache) == 4 and text.cache[1] == 2,
@@ -304,6 +335,11 @@ def _check_method(manifest: Manifest, name: str, method: MethodSpec) -> None:
         if manifest.text is None:
             _check_use(manifest, name, method, graph_key, graph)
         else:
+            _need(
+                method.serve_vector == "theta",
+                ManifestInconsistent,
+                f"{where}: serve_vector is `{method.serve_vector}`, theta serves a text",
+            )
             _check_text_use(manifest, manifest.text, name, method, graph_key, graph)
     _need(
         method.window <= MAX_WINDOW,
