@@ -97,7 +97,7 @@ _GROUPS: list[tuple[str, type[errors.TtaError], bool, dict[str, tuple[Any, ...]]
         {
             "no cache in": (port("forward", "inputs", "cache"), "takes", "cache"),
             "no cache out": (port("forward", "outputs", "cache_out"), "returns", "cache"),
-            "cache of other heads": (port("forward", "inputs", "cache", shape=[2, 2, 1, 4, "past", 8]), "4", "cache"),
+            "cache of other heads": (port("forward", "inputs", "cache", shape=[1, 2, 1, 4, "past", 8]), "4", "cache"),
             "logits of other classes": (port("forward", "outputs", "logits", shape=[1, "tokens", 9]), "9", "257"),
             "tokens of another dtype": (port("forward", "inputs", "x", dtype="float32"), "float32", "int64"),
             "forward takes a state": (
@@ -106,7 +106,7 @@ _GROUPS: list[tuple[str, type[errors.TtaError], bool, dict[str, tuple[Any, ...]]
             "another chunk": (port("absorb", "inputs", "x", shape=[1, 8]), "[1, 8]", "16"),
             "absorb without theta": (port("absorb", "outputs", "theta_out"), "returns", "theta"),
             "absorb without a state": (port("absorb", "inputs", "state.0_o"), "0_o"),
-            "theta of another size": (port("absorb", "outputs", "theta_out", shape=[7]), "[7]", "768"),
+            "theta of another size": (port("absorb", "outputs", "theta_out", shape=[7]), "[7]", "384"),
         },
     ),
     (

@@ -270,6 +270,7 @@ class TextSession:
         self.model = model
         self._now = _Now(model.source, ())
         self._live: tuple[_Now, _Seen] | None = None
+        self._digest: tuple[Checkpoint, str] | None = None
 
     # -------------------------------------------------------------------------------- what it is now
 
@@ -284,14 +285,28 @@ class TextSession:
         return self._now.pending
 
     @property
+    def snapshot(self) -> tuple[Checkpoint, tuple[int, ...]]:
+        """Checkpoint and pending tokens of one moment; for any thread."""
+        now = self._now
+        return now.checkpoint, now.pending
+
+    @property
+    def live(self) -> int:
+        """Tokens of the live context: `begin` and the pending ones."""
+        return len(self.pending) + (self.model.text.begin is not None)
+
+    @property
     def absorbed(self) -> int:
         """Tokens absorbed so far, the pending ones included."""
         return self._now.checkpoint.steps * self.model.text.chunk + len(self._now.pending)
 
     @property
     def digest(self) -> str:
-        """Digest of theta."""
-        return theta.digest(self.model.manifest.theta, self.checkpoint.theta)
+        """Digest of theta; computed once for each."""
+        now, known = self.checkpoint, self._digest
+        if known is None or known[0] is not now:
+            known = self._digest = now, theta.digest(self.model.manifest.theta, now.theta)
+        return known[1]
 
     # -------------------------------------------------------------------------------- score
 
@@ -313,7 +328,7 @@ class TextSession:
         """`score`, stopping between two runs of the engine."""
         text, before = self.model.check_tokens(tokens), self.model.check_tokens(context)
         everything = (*before, *text)
-        if len(text) < (1 if before or self._live_length() else 2):
+        if len(text) < (1 if before or self.live else 2):
             raise EmptyText(
                 f"the text has {len(text)} tokens and nothing stands before it: there is none to score",
                 "Send a longer text",
@@ -370,7 +385,7 @@ class TextSession:
         if max_tokens < 1:
             raise BadSampling(f"max_tokens is {max_tokens}", "Ask for 1 token or more")
         prompt = self.model.check_tokens(tokens)
-        if not prompt and not self._live_length():
+        if not prompt and not self.live:
             raise EmptyText("the prompt is empty and nothing stands before it", "Send a prompt")
         self._check_room(len(prompt), "the prompt", len(prompt))
         vector = self.checkpoint.theta
@@ -504,11 +519,8 @@ class TextSession:
             )
         return notes
 
-    def _live_length(self) -> int:
-        return len(self.pending) + (self.model.text.begin is not None)
-
     def _check_room(self, length: int, what: str, fed: int) -> None:
-        live, room = self._live_length(), self.model.text.context
+        live, room = self.live, self.model.text.context
         if live + fed > room:
             raise ContextTooLong(
                 f"{what} has {length} tokens, with {live} of live context before it that is more than the {room} "
