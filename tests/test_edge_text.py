@@ -241,6 +241,15 @@ def test_a_text_over_the_limit_is_refused(bundle):
         assert answers(client, "s") == before
 
 
+def test_a_method_that_absorbs_nothing_says_so_before_it_generates(bundle):
+    with running(bundle, method="source") as server, Client(server.endpoint) as client:
+        for ask in (lambda: client.absorb(TEXT, "s"), lambda: next(client.generate(TEXT, "s", absorb=True))):
+            with pytest.raises(errors.AbsorbUnsupported, match="stream"):
+                ask()
+        assert client.status().sessions == []
+        assert client.score(TEXT).bits > 0
+
+
 @pytest.mark.parametrize(
     ("array", "code"),
     [(np.zeros(3, np.int64), "wrong-dtype"), (np.zeros((2, 2), np.uint8), "wrong-shape")],

@@ -273,6 +273,8 @@ class Texts:
         prompt = model.tokenizer.encode(self._text(arrived.tensors["prompt"], "the prompt"))
         if message.absorb and not message.session:
             raise BadField("message `generate`: absorb is true and no session is named", "Name a session")
+        if message.absorb:
+            model.absorber()  # before anything is generated that could not be kept
         sampling = Sampling(message.temperature, message.top_k, message.top_p, message.seed)
         place = yield from self._enter(host, message.session, len(prompt) + message.max_tokens)
         with closing(place):

@@ -225,6 +225,20 @@ class TextModel:
             )
         return logits, _Seen(outputs["cache"], logits[-1])
 
+    def absorber(self) -> Engine:
+        """The engine that absorbs.
+
+        Raises:
+            AbsorbUnsupported: the method has none.
+        """
+        if self._absorb is None:
+            able = [name for name, spec in self.manifest.methods.items() if spec.step is not None]
+            raise AbsorbUnsupported(
+                f"method `{self.method}` absorbs nothing",
+                f"Serve the bundle with {' or '.join(able) or 'a method that has an absorb graph'}",
+            )
+        return self._absorb
+
     def absorb_chunk(
         self, tokens: Sequence[int], before: Checkpoint
     ) -> tuple[Checkpoint, Mapping[str, float]]:
@@ -239,14 +253,8 @@ class TextModel:
             EngineFailed: the engine failed.
             NonFiniteTheta, NonFiniteState: NaN or Inf came out.
         """
-        if self._absorb is None:
-            able = [name for name, spec in self.manifest.methods.items() if spec.step is not None]
-            raise AbsorbUnsupported(
-                f"method `{self.method}` absorbs nothing",
-                f"Serve the bundle with {' or '.join(able) or 'a method that has an absorb graph'}",
-            )
         x = np.array([tokens], dtype=np.int64)
-        outputs = _run(self._absorb, {"x": x, **{f"state {k}": v for k, v in before.state.items()}})
+        outputs = _run(self.absorber(), {"x": x, **{f"state {k}": v for k, v in before.state.items()}})
         vector = frozen(theta.check(self.manifest.theta, outputs["theta"]))
         state = {s.name: frozen(outputs[f"state {s.name}"]) for s in self.spec.state}
         for name, array in state.items():
@@ -419,6 +427,7 @@ class TextSession:
     def absorbing(self, tokens: Tokens) -> Generator[None, None, Absorbed]:
         """`absorb`, stopping between two runs of the engine. All of the text is taken in at the end, or nothing."""
         started = self._now
+        self.model.absorber()  # refused at once: tokens would wait for ever
         chunk = self.model.text.chunk
         text = self.model.check_tokens(tokens)
         if not text:
@@ -426,8 +435,6 @@ class TextSession:
         waiting = (*started.pending, *text)
         whole = len(waiting) - len(waiting) % chunk
         after, report = started.checkpoint, dict[str, float]()
-        if not whole and self.model.spec.step is None:
-            self.model.absorb_chunk((), after)  # raises: tokens would wait for ever
         for first in range(0, whole, chunk):
             after, told = self.model.absorb_chunk(waiting[first : first + chunk], after)
             report = dict(told)
