@@ -59,4 +59,6 @@ def busy_stats():
     for action, reason in (("reset", "ball"), ("rollback", "requested"), ("refuse", "ball"), ("skip", "x")):
         stats.happened(action, reason)
     stats.dropped(7)
+    stats.read("default", "absorbed", 16)
+    stats.generated("default", compute_s=0.001, first_s=0.01)
     return stats

@@ -36,7 +36,7 @@ FOLDERS = {
 # What each package may import besides the standard library and itself.
 MAY_IMPORT = {
     "tta_runtime": {"numpy", "onnxruntime", "tensorrt", "msgpack", "msgspec", "cryptography", "safetensors"}
-    | {"prometheus_client", "tomli", "PIL"},
+    | {"prometheus_client", "tomli", "tokenizers", "PIL"},
     "tta_edge": {"tta_runtime", "numpy", "zmq", "typer", "rich", "msgpack", "msgspec"}
     | {"prometheus_client", "tomli", "matplotlib"},
     "tta_adapters": {"torch"},
@@ -49,7 +49,7 @@ MAY_IMPORT = {
 
 # What is in no core install: imported inside functions only, where its absence gets a named error.
 ONLY_IN_FUNCTIONS = {
-    "tta_runtime": {"onnxruntime", "tensorrt", "PIL"},
+    "tta_runtime": {"onnxruntime", "tensorrt", "tokenizers", "PIL"},
     "tta_edge": {"matplotlib"},
     "tta_exporters": {"timm", "torchvision", "transformers", "tensorrt", "tensorrt_rtx"},
 }

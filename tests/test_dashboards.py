@@ -11,11 +11,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 import tiny_bundle
+import tiny_text
 from documents import anchors
 from enrolled import enrol_with_nobody
 from running import PATIENCE_S, REPOSITORY, running
 from tta_edge.client import Client
-from tta_edge.config import resolve
+from tta_edge.config import BundleConfig, resolve
 from tta_edge.metrics import METRICS
 from tta_runtime.errors import WrongShape
 
@@ -63,7 +64,9 @@ def scrape(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scraped")
     tiny_bundle.build(folder / "bundle")
     enrol_with_nobody(folder / "state", folder / "cloud")
-    settings = {"http": "127.0.0.1:0", "state_dir": str(folder / "state"), "mode": "both"}
+    tiny_text.build(folder / "lm")
+    lm = {"lm": BundleConfig(path=str(folder / "lm"))}
+    settings = {"http": "127.0.0.1:0", "state_dir": str(folder / "state"), "mode": "both", "bundles": lm}
     with running(folder / "bundle", **settings) as server:
         with Client(server.endpoint, timeout_s=PATIENCE_S) as client:
             client.predict(X, stream="camera-1", compare=True)
@@ -72,6 +75,8 @@ def scrape(tmp_path_factory):
             client.predict(X, stream="camera-1", compare=True)
             with pytest.raises(WrongShape):
                 client.predict(X[:, :4])
+            client.absorb("a text", "session", "lm")
+            assert list(client.generate("a text", "session", "lm", max_tokens=3))
         with urlopen(f"{server.http_endpoint}/metrics", timeout=PATIENCE_S) as response:
             text = response.read().decode()
     found = {name: [] for name in FROM_PROMETHEUS}
@@ -108,6 +113,10 @@ def unknown(expression, scrape):
 
 def test_the_daemon_scraped_shows_every_metric_there_is(scrape):
     for metric in METRICS:
+        if metric.name.startswith(
+            "tta_text_"
+        ):  # of a language model, which test_edge_text.py serves and scrapes
+            continue
         assert (metric.name if metric.kind != "histogram" else f"{metric.name}_bucket") in scrape
 
 

@@ -186,6 +186,45 @@ def test_a_peer_that_went_away_is_forgotten_and_its_answer_goes_nowhere():
     assert (daemon.open, daemon.phase) == (0, Phase.CLOSED)
 
 
+def part(session, arrived, start=0):
+    reply = wire.Generated(id=arrived.message.id, start=start, tokens=1, text="a")
+    return session.answer(arrived, reply, {}, 0.0)
+
+
+def test_w13_a_part_of_a_reply_leaves_its_request_open_at_both_ends():
+    client, daemon = ClientSession(), server()
+    (arrived,), _ = daemon.receive(PEER, predict(client), 0.0)
+    for start in range(3):
+        assert read(client, part(daemon, arrived, start)).message.start == start
+        assert (daemon.open, client.open) == (1, {1})
+    assert read(client, answer(daemon, arrived)).message.theta_digest == "d"
+    assert (daemon.open, client.open) == (0, set())
+
+
+def test_parts_for_whoever_has_gone_or_waits_no_longer_are_dropped():
+    client, daemon = ClientSession(), server()
+    (arrived,), _ = daemon.receive(PEER, predict(client), 0.0)
+    client.abandon(1)
+    assert daemon.waited_for(arrived)
+    assert read(client, part(daemon, arrived)) is None
+    daemon.gone(PEER)
+    assert not daemon.waited_for(arrived)
+    assert part(daemon, arrived) == []
+    assert daemon.open == 1
+    assert answer(daemon, arrived) == []
+    assert daemon.open == 0
+
+
+def test_draining_waits_for_the_end_and_not_for_a_part():
+    client, daemon = ClientSession(), server()
+    (arrived,), _ = daemon.receive(PEER, predict(client), 0.0)
+    daemon.drain()
+    part(daemon, arrived)
+    assert daemon.phase is Phase.DRAINING
+    answer(daemon, arrived)
+    assert daemon.phase is Phase.CLOSED
+
+
 def test_the_life_of_a_session_only_moves_forward():
     order = list(Phase)
     for phase, moves in TRANSITIONS.items():

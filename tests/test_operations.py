@@ -111,6 +111,14 @@ def test_every_code_of_a_refused_request_is_in_the_table():
         runtime_errors.NonFinite,
         runtime_errors.EmptyBatch,
         runtime_errors.TooLarge,
+        runtime_errors.InvalidUtf8,
+        runtime_errors.EmptyText,
+        runtime_errors.ContextTooLong,
+        runtime_errors.UnknownToken,
+        runtime_errors.BadSampling,
+        runtime_errors.WrongTask,
+        runtime_errors.AbsorbUnsupported,
+        runtime_errors.NonFiniteLogits,
     }
     expected = family(runtime_errors, runtime_errors.WireError) | family(errors, errors.ServiceError)
     expected |= {kind.code for kind in inputs} | {"engine-failed", "slow-reader", "client-gone"}

@@ -12,6 +12,7 @@ import pytest
 
 import tiny_bundle
 from bad_bundles import BAD_BUNDLES, Bad, flip_byte, put
+from bad_text_bundles import BAD_TEXT_BUNDLES
 from snapshots import unchanged
 from tta_runtime import Bundle, Engines, Manifest, Model, errors, theta
 from tta_runtime import bundle as bundles
@@ -70,11 +71,12 @@ def test_refusal(bad: Bad, path: Path):
 
 def test_every_rule_and_every_bundle_error_has_a_bad_bundle():
     text = SPEC.read_text()
+    every = [*BAD_BUNDLES, *BAD_TEXT_BUNDLES]  # the latter are tried in test_text_bundle.py
     # B16 is a rule for the reader, tested in test_a_change_after_opening_does_not_matter.
-    assert set(re.findall(r"^- \*\*(B\d+)\*\*", text, re.M)) - {"B16"} == {bad.rule for bad in BAD_BUNDLES}
+    assert set(re.findall(r"^- \*\*(B\d+)\*\*", text, re.M)) - {"B16"} == {bad.rule for bad in every}
     # Packages built on the runtime may derive refusals of their own; the specification names the runtime's.
     named = {cls.__name__ for cls in BundleError.__subclasses__() if cls.__module__ == errors.__name__}
-    assert named <= {bad.error.__name__ for bad in BAD_BUNDLES}
+    assert named <= {bad.error.__name__ for bad in every}
     assert all(f"`{name}`" in text for name in named)
 
 

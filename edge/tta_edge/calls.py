@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,11 +15,20 @@ from numpy.typing import ArrayLike, NDArray
 from tta_edge import errors as edge_errors
 from tta_edge.errors import Busy, RemoteError
 from tta_edge.wire import (
+    Absorb,
+    AbsorbDone,
     Adapt,
     AdaptDone,
     ErrorReply,
     Events,
     EventsReply,
+    Export,
+    ExportDone,
+    Generate,
+    Generated,
+    GenerateDone,
+    Import,
+    ImportDone,
     Info,
     InfoReply,
     Predict,
@@ -31,6 +41,8 @@ from tta_edge.wire import (
     ResetDone,
     Rollback,
     RollbackDone,
+    Score,
+    ScoreDone,
     ServerLimits,
     Status,
     StatusReply,
@@ -41,6 +53,7 @@ from tta_edge.wire import (
 from tta_runtime import errors as runtime_errors
 from tta_runtime.errors import BadField, BadValue, TensorMismatch, TooLarge, TtaError, UnknownMessage
 from tta_runtime.numerics import entropy
+from tta_runtime.tokens import bytes_of, text_of
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 DEFAULT_TIMEOUT_S = 10.0
@@ -83,6 +96,57 @@ class Reply:
     report: Mapping[str, float]
     compute_ms: float
     latency_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextScore:
+    """How well a text was predicted.
+
+    Attributes:
+        bits: -log2 p of all scored tokens together.
+        bytes: UTF-8 bytes that they stand for.
+        nats: [scored tokens] float32, -ln p of each.
+        skipped: tokens at the beginning that were not scored, because nothing comes before them: 0 or 1.
+        before: tokens that were seen before the text.
+        compute_ms: inside the daemon, its queue included.
+        latency_ms: from the request to the reply.
+    """
+
+    bits: float
+    bytes: int
+    nats: NDArray[np.float32]
+    skipped: int
+    before: int
+    compute_ms: float
+    latency_ms: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """NaN where no byte was scored."""
+        return self.bits / self.bytes if self.bytes else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEnd:
+    """How a generated text ended.
+
+    Attributes:
+        text: all of it.
+        reason: `end` (the model's end token), `max-tokens` or `context` (no more room).
+        tokens: that were generated.
+        prompt_tokens: of the prompt.
+        absorbed: whether the session has absorbed prompt and text.
+        durable: whether a restart finds that.
+        compute_ms: inside the daemon, other requests between its tokens included.
+    """
+
+    text: str
+    reason: str
+    tokens: int
+    prompt_tokens: int
+    absorbed: bool
+    durable: bool
+    compute_ms: float
 
 
 @dataclass(frozen=True)
@@ -164,6 +228,98 @@ def reload(bundle: str) -> Ask[ReloadDone]:
 def events(limit: int) -> Ask[EventsReply]:
     """Ask for the newest events."""
     return _plain(Events(id=0, limit=limit), EventsReply)
+
+
+def score(text: str | bytes, *, session: str, bundle: str, context: str | bytes | None) -> Ask[TextScore]:
+    """Ask how well a text is predicted; see `Client.score`."""
+    tensors = {"text": _text(text)}
+    if context is not None:
+        tensors["context"] = _text(context, "the context")
+    declared = {name: declare(array) for name, array in tensors.items()}
+    message = Score(id=0, bundle=bundle, session=session, **declared)
+    return Ask(_checked(message), ScoreDone, _score, tensors)
+
+
+def generate(
+    prompt: str | bytes,
+    *,
+    session: str,
+    bundle: str,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    absorb: bool,
+) -> Ask[TextEnd]:
+    """Ask for what follows a prompt; see `Client.generate`."""
+    tensors = {"prompt": _text(prompt, "the prompt")}
+    message = Generate(
+        id=0, bundle=bundle, session=session, prompt=declare(tensors["prompt"]), max_tokens=max_tokens,
+        temperature=float(temperature), top_k=top_k, top_p=float(top_p), seed=seed, absorb=absorb,
+    )  # fmt: skip
+    return Ask(_checked(message), GenerateDone, _end_of_text, tensors)
+
+
+def absorb(text: str | bytes, *, session: str, bundle: str) -> Ask[AbsorbDone]:
+    """Ask a session to take a text in; see `Client.absorb`."""
+    tensors = {"text": _text(text)}
+    message = Absorb(id=0, bundle=bundle, session=session, text=declare(tensors["text"]))
+    return Ask(_checked(message), AbsorbDone, lambda received, _: received.message, tensors)
+
+
+def export_session(session: str, bundle: str) -> Ask[bytes]:
+    """Ask for a session as a file."""
+    message = Export(id=0, bundle=bundle, session=session)
+    return Ask(_checked(message), ExportDone, lambda received, _: received.tensors["data"].tobytes())
+
+
+def import_session(session: str, data: bytes, bundle: str) -> Ask[ImportDone]:
+    """Ask to begin a session with an exported one."""
+    tensors = {"data": np.frombuffer(data, np.uint8)}
+    message = Import(id=0, bundle=bundle, session=session, data=declare(tensors["data"]))
+    return Ask(_checked(message), ImportDone, lambda received, _: received.message, tensors)
+
+
+class Parts:
+    """Puts the parts of a text together; some may be missing, the end has them all."""
+
+    def __init__(self) -> None:
+        self._have = 0
+
+    def part(self, received: Received[Any]) -> str:
+        """What a part adds; nothing where one before it is missing."""
+        message: Generated = received.message
+        if message.start != self._have:
+            return ""
+        self._have += len(message.text.encode())
+        return message.text
+
+    def rest(self, end: TextEnd) -> str:
+        """What the parts have left out."""
+        return end.text.encode()[self._have :].decode("utf-8", "replace")
+
+
+def _text(text: str | bytes, what: str = "the text") -> NDArray[np.uint8]:
+    """[bytes]; raises InvalidUtf8 of what is no text. Bytes are left to the daemon to judge."""
+    return np.frombuffer(text if isinstance(text, bytes) else bytes_of(text, what), np.uint8)
+
+
+def _score(received: Received[Any], latency_ms: float) -> TextScore:
+    done: ScoreDone = received.message
+    return TextScore(
+        bits=done.bits, bytes=done.bytes, nats=received.tensors["nats"], skipped=done.skipped,
+        before=done.before, compute_ms=done.compute_ms, latency_ms=latency_ms,
+    )  # fmt: skip
+
+
+def _end_of_text(received: Received[Any], latency_ms: float) -> TextEnd:
+    del latency_ms
+    done: GenerateDone = received.message
+    return TextEnd(
+        text=text_of(received.tensors["text"].tobytes(), "the answer"), reason=done.reason, tokens=done.tokens,
+        prompt_tokens=done.prompt_tokens, absorbed=done.absorbed, durable=done.durable, compute_ms=done.compute_ms,
+    )  # fmt: skip
 
 
 def check_size(nbytes: int, limits: ServerLimits, endpoint: str) -> None:

@@ -18,6 +18,7 @@ from tta_edge.commands_doctor import doctor
 from tta_edge.commands_operate import adapt, events, reload, reset, rollback, status, streams, top
 from tta_edge.commands_spool import spool
 from tta_edge.commands_stream import demo, evaluate, stream
+from tta_edge.commands_text import text
 from tta_edge.options import BundleDirectory, ConfigFile, HyperSettings, given, with_settings
 from tta_runtime.errors import BadValue, TtaError
 from tta_runtime.exit_codes import HELP
@@ -113,6 +114,7 @@ for command in OPERATE:
     app.command(command.__name__, epilog=EPILOG)(command)
 app.add_typer(config)
 app.add_typer(spool)
+app.add_typer(text)
 for command in MEASURE:
     app.command(command.__name__, epilog=EPILOG)(command)
 

@@ -11,19 +11,34 @@ import random
 import threading
 import time
 import weakref
+from collections.abc import Generator
+from contextlib import closing
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
 from numpy.typing import ArrayLike
 
 from tta_edge import calls
-from tta_edge.calls import DEFAULT_ENDPOINT, DEFAULT_TIMEOUT_S, Ask, Reply, as_error
+from tta_edge.calls import (
+    DEFAULT_ENDPOINT,
+    DEFAULT_TIMEOUT_S,
+    Ask,
+    Parts,
+    Reply,
+    TextEnd,
+    TextScore,
+    as_error,
+)
 from tta_edge.client_io import IoThread
 from tta_edge.connection import Call
 from tta_edge.retry import NEVER, Retry
 from tta_edge.wire import (
+    PARTS,
+    AbsorbDone,
     AdaptDone,
     EventsReply,
+    ImportDone,
     InfoReply,
     Received,
     ReloadDone,
@@ -34,7 +49,17 @@ from tta_edge.wire import (
 )
 from tta_runtime.errors import TtaError
 
-__all__ = ["DEFAULT_ENDPOINT", "DEFAULT_TIMEOUT_S", "Client", "Reply", "Retry", "as_error"]
+__all__ = [
+    "DEFAULT_ENDPOINT",
+    "DEFAULT_TIMEOUT_S",
+    "Client",
+    "Reply",
+    "Retry",
+    "TextEnd",
+    "TextScore",
+    "TextStream",
+    "as_error",
+]
 
 T = TypeVar("T")
 
@@ -166,6 +191,113 @@ class Client:
         """The newest `limit` (1 to 1000) events of the daemon, oldest first."""
         return self._call(calls.events(limit), timeout_s)
 
+    # ------------------------------------------------------------------------------------------ language models
+
+    def score(
+        self,
+        text: str | bytes,
+        session: str = "",
+        bundle: str = "",
+        *,
+        context: str | bytes | None = None,
+        timeout_s: float | None = None,
+    ) -> TextScore:
+        """How well a text is predicted. Changes nothing.
+
+        Args:
+            text: a str, or UTF-8.
+            session: whose theta and live context come before it; empty: the source's, with none.
+            bundle: which of the daemon's; empty for its first.
+            context: seen before the text and not scored.
+            timeout_s: of this call, instead of the client's.
+
+        Raises:
+            WrongTask: the bundle is for images.
+            UnknownSession: there is no such session.
+            InvalidUtf8, EmptyText, TooLarge: the text is refused.
+            ContextTooLong: it is longer, with what comes before it, than the model sees at once.
+        """
+        return self._call(calls.score(text, session=session, bundle=bundle, context=context), timeout_s)
+
+    def generate(
+        self,
+        prompt: str | bytes,
+        session: str = "",
+        bundle: str = "",
+        *,
+        max_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        absorb: bool = False,
+        timeout_s: float | None = None,
+    ) -> TextStream:
+        """The text that follows a prompt, in parts as they come. Nothing is sent before the first one is asked for.
+
+        Args:
+            prompt: a str, or UTF-8.
+            session: as in `score`.
+            bundle: which of the daemon's; empty for its first.
+            max_tokens: at most so many.
+            temperature: 0 takes the most probable token.
+            top_k: only the so many most probable tokens; 0: all.
+            top_p: only the most probable tokens that together have this probability.
+            seed: the same one gives the same text.
+            absorb: let the session absorb the prompt and what followed, at the end.
+            timeout_s: of the wait for each part, instead of the client's.
+
+        Raises:
+            BadField: a parameter is out of its range.
+            InvalidUtf8: the prompt is no text.
+            TtaError: while it is read, what `score` raises.
+        """
+        ask = calls.generate(
+            prompt, session=session, bundle=bundle, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, seed=seed, absorb=absorb,
+        )  # fmt: skip
+        return TextStream(
+            self, ask, self.timeout_s if timeout_s is None else calls.checked_timeout(timeout_s)
+        )
+
+    def absorb(
+        self, text: str | bytes, session: str, bundle: str = "", *, timeout_s: float | None = None
+    ) -> AbsorbDone:
+        """Have a session take a text in; the session begins with its first text.
+
+        Args:
+            text: a str, or UTF-8.
+            session: its name.
+            bundle: which of the daemon's; empty for its first.
+            timeout_s: of this call, instead of the client's. Allow a long text some time.
+
+        Raises:
+            InvalidUtf8, EmptyText, TooLarge: the text is refused.
+            TooManySessions: the session is new and there is no room for it.
+            AbsorbUnsupported: the bundle's method absorbs nothing.
+        """
+        return self._call(calls.absorb(text, session=session, bundle=bundle), timeout_s)
+
+    def export_session(self, session: str, bundle: str = "", *, timeout_s: float | None = None) -> bytes:
+        """A session as the bytes of a state file; `import_session` of a daemon with the same bundle takes it.
+
+        Raises:
+            UnknownSession: there is no such session.
+        """
+        return self._call(calls.export_session(session, bundle), timeout_s)
+
+    def import_session(
+        self, session: str, data: bytes, bundle: str = "", *, timeout_s: float | None = None
+    ) -> ImportDone:
+        """Begin a session with what another one was exported as.
+
+        Raises:
+            SessionExists: there is one of that name.
+            StateOfOtherTokenizer, StateOfOtherBundle: it was exported by another model.
+            StateError: the subclass that names what else is wrong with it.
+        """
+        return self._call(calls.import_session(session, data, bundle), timeout_s)
+
     def _call(self, ask: Ask[T], timeout_s: float | None) -> T:
         timeout_s = self.timeout_s if timeout_s is None else calls.checked_timeout(timeout_s)
         attempt = 1
@@ -194,6 +326,37 @@ class Client:
             self._limits = losses, info.limits
         return self._limits[1]
 
+    def _stream(self, ask: Ask[TextEnd], timeout_s: float) -> Generator[Received[Any] | TextEnd, None, None]:
+        """The parts of an answer, then what it ends with; made again, as a call is, where no part has come."""
+        attempt = 1
+        while True:
+            began_s, came = time.monotonic(), False
+            try:
+                calls.check_size(ask.nbytes, self._known_limits(timeout_s, began_s), self.endpoint)
+                with closing(self._listen(ask, timeout_s)) as heard:
+                    for received in heard:
+                        came = came or isinstance(received.message, PARTS)
+                        yield received if isinstance(received.message, PARTS) else ask.result(received, 0.0)
+                return
+            except TtaError as error:
+                wait_s = None if came else self._retry.before_next(error, attempt, random.random())
+                if wait_s is None:
+                    raise
+            time.sleep(wait_s)
+            attempt += 1
+
+    def _listen(self, ask: Ask[Any], timeout_s: float) -> Generator[Received[Any], None, None]:
+        heard: SimpleQueue[Received[Any] | None] = SimpleQueue()
+        call = Call(ask.message, ask.tensors, timeout_s, time.monotonic(), part=heard.put)
+        self._io.submit(call, lambda: heard.put(None))
+        try:
+            while (part := heard.get()) is not None:  # its thread keeps the deadline
+                yield part
+        finally:
+            if call.outcome is None:
+                self._io.cancel(call)
+        yield call.received()[0]
+
     def _exchange(self, ask: Ask[Any], timeout_s: float, began_s: float) -> tuple[Received[Any], float]:
         ended = threading.Event()
         call = Call(ask.message, ask.tensors, timeout_s, began_s)
@@ -204,3 +367,52 @@ class Client:
             if call.outcome is None:
                 self._io.cancel(call)
         return call.received()
+
+
+class TextStream:
+    """A text as it is generated: an iterator of its parts, each a str of whole characters.
+
+    Ending early (`close`, or leaving the `with` block) asks the daemon to stop.
+
+    Args:
+        client: whose connection is used.
+        ask: the request.
+        timeout_s: longest wait for a part.
+
+    Attributes:
+        end: how it ended; None before the last part.
+    """
+
+    def __init__(self, client: Client, ask: Ask[TextEnd], timeout_s: float) -> None:
+        self.end: TextEnd | None = None
+        self._parts = self._read(client, ask, timeout_s)
+
+    def __iter__(self) -> TextStream:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._parts)
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Read no further. May be repeated."""
+        self._parts.close()
+
+    def _read(self, client: Client, ask: Ask[TextEnd], timeout_s: float) -> Generator[str, None, None]:
+        parts = Parts()
+        with closing(client._stream(ask, timeout_s)) as heard:
+            for received in heard:
+                if isinstance(received, TextEnd):
+                    self.end = received
+                    text = parts.rest(received)
+                else:
+                    text = parts.part(received)
+                if text:
+                    yield text

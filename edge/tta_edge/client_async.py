@@ -12,7 +12,8 @@ import asyncio
 import random
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,13 +21,16 @@ from typing import Any, TypeVar
 from numpy.typing import ArrayLike
 
 from tta_edge import calls
-from tta_edge.calls import DEFAULT_ENDPOINT, DEFAULT_TIMEOUT_S, Ask, Reply
+from tta_edge.calls import DEFAULT_ENDPOINT, DEFAULT_TIMEOUT_S, Ask, Parts, Reply, TextEnd, TextScore
 from tta_edge.client_io import MAX_OPEN, IoThread
 from tta_edge.connection import Call
 from tta_edge.retry import NEVER, Retry
 from tta_edge.wire import (
+    PARTS,
+    AbsorbDone,
     AdaptDone,
     EventsReply,
+    ImportDone,
     InfoReply,
     Received,
     ReloadDone,
@@ -136,6 +140,59 @@ class AsyncClient:
         """See `Client.events`."""
         return await self._call(calls.events(limit), timeout_s)
 
+    async def score(
+        self,
+        text: str | bytes,
+        session: str = "",
+        bundle: str = "",
+        *,
+        context: str | bytes | None = None,
+        timeout_s: float | None = None,
+    ) -> TextScore:
+        """See `Client.score`."""
+        return await self._call(calls.score(text, session=session, bundle=bundle, context=context), timeout_s)
+
+    def generate(
+        self,
+        prompt: str | bytes,
+        session: str = "",
+        bundle: str = "",
+        *,
+        max_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        absorb: bool = False,
+        timeout_s: float | None = None,
+    ) -> AsyncTextStream:
+        """See `Client.generate`; for `async for`."""
+        ask = calls.generate(
+            prompt, session=session, bundle=bundle, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, seed=seed, absorb=absorb,
+        )  # fmt: skip
+        return AsyncTextStream(
+            self, ask, self.timeout_s if timeout_s is None else calls.checked_timeout(timeout_s)
+        )
+
+    async def absorb(
+        self, text: str | bytes, session: str, bundle: str = "", *, timeout_s: float | None = None
+    ) -> AbsorbDone:
+        """See `Client.absorb`."""
+        return await self._call(calls.absorb(text, session=session, bundle=bundle), timeout_s)
+
+    async def export_session(
+        self, session: str, bundle: str = "", *, timeout_s: float | None = None
+    ) -> bytes:
+        """See `Client.export_session`."""
+        return await self._call(calls.export_session(session, bundle), timeout_s)
+
+    async def import_session(
+        self, session: str, data: bytes, bundle: str = "", *, timeout_s: float | None = None
+    ) -> ImportDone:
+        """See `Client.import_session`."""
+        return await self._call(calls.import_session(session, data, bundle), timeout_s)
+
     async def _call(self, ask: Ask[T], timeout_s: float | None) -> T:
         timeout_s = self.timeout_s if timeout_s is None else calls.checked_timeout(timeout_s)
         attempt = 1
@@ -168,6 +225,45 @@ class AsyncClient:
             self._limits = losses, info.limits
         return self._limits[1]
 
+    async def _stream(
+        self, ask: Ask[TextEnd], timeout_s: float
+    ) -> AsyncGenerator[Received[Any] | TextEnd, None]:
+        """The parts of an answer, then what it ends with; made again, as a call is, where no part has come."""
+        attempt = 1
+        while True:
+            began_s, came = time.monotonic(), False
+            try:
+                calls.check_size(ask.nbytes, await self._known_limits(timeout_s, began_s), self.endpoint)
+                async with aclosing(self._listen(ask, timeout_s)) as heard:
+                    async for received in heard:
+                        came = came or isinstance(received.message, PARTS)
+                        yield received if isinstance(received.message, PARTS) else ask.result(received, 0.0)
+                return
+            except TtaError as error:
+                wait_s = None if came else self._retry.before_next(error, attempt, random.random())
+                if wait_s is None:
+                    raise
+            await asyncio.sleep(wait_s)
+            attempt += 1
+
+    async def _listen(self, ask: Ask[Any], timeout_s: float) -> AsyncGenerator[Received[Any], None]:
+        loop = asyncio.get_running_loop()
+        heard: asyncio.Queue[Received[Any] | None] = asyncio.Queue()
+
+        def tell(part: Received[Any] | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(heard.put_nowait, part)
+
+        call = Call(ask.message, ask.tensors, timeout_s, time.monotonic(), part=tell)
+        self._io.submit(call, partial(tell, None))
+        try:
+            while (part := await heard.get()) is not None:
+                yield part
+        finally:
+            if call.outcome is None:
+                self._io.cancel(call)
+        yield call.received()[0]
+
     async def _exchange(self, ask: Ask[Any], timeout_s: float, began_s: float) -> tuple[Received[Any], float]:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
@@ -179,6 +275,57 @@ class AsyncClient:
             if call.outcome is None:
                 self._io.cancel(call)
         return call.received()
+
+
+class AsyncTextStream:
+    """A text as it is generated; see `client.TextStream`.
+
+    Ending early (`aclose`, or leaving the `async with` block) asks the daemon to stop.
+
+    Args:
+        client: whose connection is used.
+        ask: the request.
+        timeout_s: longest wait for a part.
+
+    Attributes:
+        end: how it ended; None before the last part.
+    """
+
+    def __init__(self, client: AsyncClient, ask: Ask[TextEnd], timeout_s: float) -> None:
+        self.end: TextEnd | None = None
+        self._parts = self._read(client, ask, timeout_s)
+
+    def __aiter__(self) -> AsyncTextStream:
+        return self
+
+    async def __anext__(self) -> str:
+        return await anext(self._parts)
+
+    async def __aenter__(self) -> AsyncTextStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Read no further. May be repeated."""
+        await self._parts.aclose()
+
+    async def _read(
+        self, client: AsyncClient, ask: Ask[TextEnd], timeout_s: float
+    ) -> AsyncGenerator[str, None]:
+        parts = Parts()
+        async with aclosing(client._stream(ask, timeout_s)) as heard:
+            async for received in heard:
+                if isinstance(received, TextEnd):
+                    self.end = received
+                    text = parts.rest(received)
+                else:
+                    text = parts.part(received)
+                if text:
+                    yield text
 
 
 def _notify(loop: asyncio.AbstractEventLoop, ended: asyncio.Future[None]) -> None:

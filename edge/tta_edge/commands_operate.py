@@ -51,7 +51,7 @@ def status(to: To = ENDPOINT, timeout_s: TimeoutS = 10.0, as_json: AsJson = Fals
     if as_json:
         _print_json(status_form(reply))
     else:
-        _console().print(status_view(reply, to))
+        console().print(status_view(reply, to))
 
 
 def streams(to: To = ENDPOINT, timeout_s: TimeoutS = 10.0, as_json: AsJson = False) -> None:
@@ -67,7 +67,7 @@ def streams(to: To = ENDPOINT, timeout_s: TimeoutS = 10.0, as_json: AsJson = Fal
         form = status_form(reply)
         _print_json({key: form[key] for key in ("streams", "stored_streams")})
     else:
-        _console().print(streams_view(reply))
+        console().print(streams_view(reply))
 
 
 def adapt(
@@ -98,7 +98,7 @@ def adapt(
     typer.echo(f"adaptation is {'on' if done.on else 'off'} for {whom}")
     if switched_off:
         typer.echo("note: the whole daemon is switched off, which counts more: tta-edge adapt on", err=True)
-    _note_durable(done.durable)
+    note_durable(done.durable)
 
 
 def reset(
@@ -118,7 +118,7 @@ def reset(
         _print_reply(done)
     else:
         typer.echo(f"stream {done.stream} is back at the source, theta {done.theta_digest[:12]}")
-        _note_durable(done.durable)
+        note_durable(done.durable)
 
 
 def rollback(
@@ -139,7 +139,7 @@ def rollback(
         return
     where = "the source" if done.to == "source" else f"its checkpoint of {done.steps} steps"
     typer.echo(f"stream {done.stream} is back at {where}, theta {done.theta_digest[:12]}")
-    _note_durable(done.durable)
+    note_durable(done.durable)
 
 
 def reload(
@@ -180,7 +180,7 @@ def events(
     if as_json:
         _print_reply(reply)
     else:
-        _console().print(events_view(reply.events))
+        console().print(events_view(reply.events))
 
 
 def top(
@@ -208,10 +208,10 @@ def top(
 
     check_output(svg)
     live = not (once or as_json)
-    console = _console()
+    screen = console()
     with Feed(to, timeout_s=timeout_s) as feed, Keys(sys.stdin) as keys:
         if live:
-            view = watch(feed, console, keys, interval_s)
+            view = watch(feed, screen, keys, interval_s)
         else:
             feed.poll()
             if feed.view.error is not None:
@@ -221,12 +221,13 @@ def top(
     if as_json:
         _print_json(frame_form(view))
     elif not live:
-        console.print(frame(view))
+        screen.print(frame(view))
     if svg is not None:
         save_svg(svg, view)
 
 
-def _note_durable(durable: bool) -> None:
+def note_durable(durable: bool) -> None:
+    """Say so on stderr where a restart forgets what was done."""
     if not durable:
         typer.echo(
             "note: a restart forgets this: the daemon has no state directory that it can write", err=True
@@ -239,7 +240,7 @@ def _client(to: str, timeout_s: float) -> Client:
     return Client(to, timeout_s=timeout_s)
 
 
-def _console() -> Console:
+def console() -> Console:
     """Where results go; outside of a terminal as wide as they need, so that nothing is cut off in a pipe."""
     from rich.console import Console
 

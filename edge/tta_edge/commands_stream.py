@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tta_edge.commands_operate import ENDPOINT, To
+from tta_edge.commands_text import PREFIX, stream_text
 from tta_edge.output import check_output, write_output
+from tta_runtime.errors import BadValue
 from tta_runtime.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.", show_default=False)
 ]
 Limit = Annotated[
-    int | None, typer.Option(min=1, help="Only the first so many images of each part.", show_default=False)
+    int | None,
+    typer.Option(min=1, help="Only the first so many images of each part, or pieces.", show_default=False),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images that arrive together.")]
 Shuffle = Annotated[bool, typer.Option("--shuffle", help="Draw the order of the images from the seed.")]
@@ -41,7 +44,8 @@ SOURCE_HELP = "digits, npz:FILE, images:DIR or cifar10c:DIR."
 
 
 def stream(
-    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    command: typer.Context,
+    source: Annotated[str, typer.Argument(help=f"{SOURCE_HELP[:-1]}; or text:FILE for a language model.")],
     shift: Annotated[str | None, typer.Option(help=SHIFT_HELP, show_default=False)] = None,
     to: To = ENDPOINT,
     batch: Batch = 64,
@@ -51,13 +55,21 @@ def stream(
         bool, typer.Option("--repeat", help="Begin again at the end, without a reset, until Ctrl-C.")
     ] = False,
     stream_name: Annotated[
-        str, typer.Option("--stream", help="The daemon's stream to use; it is reset first.")
+        str, typer.Option("--stream", help="The daemon's stream, or session, to use; it is reset first.")
     ] = "tta-edge-stream",
     seed: Seed = 0,
     timeout_s: Annotated[
         float, typer.Option(min=0.001, help="Longest wait for an answer, in seconds.")
     ] = 30.0,
     live: Annotated[bool, typer.Option(help="Show the live view (on a terminal).")] = True,
+    piece_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a text: bytes that are scored, then absorbed, at once; without it a third of what the model sees.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Stream images to a running daemon and watch accuracy fall and recover.
@@ -67,8 +79,22 @@ def stream(
     accuracy, gap recovered, recovery time. Where there are no labels: agreement with the frozen source,
     entropy, drift.
 
+    A text goes to a language model in pieces: each is scored alone, after all before it was absorbed, and with as
+    much of it in front as the model sees; the bits per byte fall as context is absorbed.
+
     Example: tta-edge stream digits --shift gaussian_noise:5 --to tcp://127.0.0.1:5555
+
+    Example: tta-edge stream text:manual.txt --piece-bytes 256
     """
+    if source.startswith(PREFIX):
+        _only_for_images(command)
+        stream_text(
+            source, to=to, piece_bytes=piece_bytes, limit=limit, session=stream_name, timeout_s=timeout_s,
+            json_file=json_file,
+        )  # fmt: skip
+        return
+    if piece_bytes is not None:
+        raise BadValue(f"--piece-bytes is for text, and {source} are images", "Use --batch")
     from rich.console import Console
 
     from tta_edge.client import Client
@@ -313,6 +339,17 @@ def evaluate(
         write_output(report, render(result, Facts(again, datetime.now(timezone.utc), host_facts())))
 
 
+def _only_for_images(command: typer.Context) -> None:
+    """Refuse what means nothing for a text.
+
+    Raises:
+        BadValue: one of these options was given.
+    """
+    for name in ("shift", "batch", "shuffle", "repeat", "seed"):
+        if _was_given(command, name):
+            raise BadValue(f"--{name} is for images, and a text is streamed", "Leave it out")
+
+
 def _was_given(context: typer.Context, name: str) -> bool:
     """Whether an option stands on the command line, whatever its value."""
     source = context.get_parameter_source(name)
@@ -346,8 +383,6 @@ def _check_no_suite(given: Sequence[str], bundles: Sequence[str], streams: Seque
     Raises:
         BadValue: one of its options, or several bundles or streams.
     """
-    from tta_runtime.errors import BadValue
-
     for name in ("streams", "natural", "malicious", "store", "again", "jobs"):
         if name in given:
             raise BadValue(f"--{name} is an option of a suite and no --suite is named", "Add --suite quick")

@@ -139,6 +139,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Steps between two checkpoints of a stream: what a rollback returns to, and what is on disk."""
     max_event_bytes: Annotated[int, Meta(ge=4096)] = 1024 * 1024
     """Size at which the event log of the state directory is rotated; one older file is kept."""
+    max_sessions: Annotated[int, Meta(ge=1, le=65_536)] = 1024
+    """Most sessions of language models held in memory. With a state directory the least recently used one goes to
+    disk, without one a further session is refused."""
+    max_session_bytes: Annotated[int, Meta(ge=65_536)] = 256 * 1024 * 1024
+    """Most memory of sessions and of texts that are scored or generated; likewise."""
+    max_text_bytes: Annotated[int, Meta(ge=1)] = 1024 * 1024
+    """Most bytes of one text that is scored, absorbed or gone on from."""
     max_distance: Annotated[float, Meta(gt=0)] = 1.0
     """Radius of the ball around the source theta, as relative L2 distance. BatchNorm networks move by 0.1 to
     0.4 under the strongest common corruptions, most of it in their statistics."""

@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import zmq
 
 from tta_edge.errors import BadEndpoint, ClientClosed, ConnectionLost, DeadlineExceeded, Unreachable
 from tta_edge.session import ClientSession
-from tta_edge.wire import REPLY_LIMITS, Received, Request, Tensors
+from tta_edge.wire import PARTS, REPLY_LIMITS, Cancel, Received, Request, Tensors
 from tta_runtime.endpoint import parse
 from tta_runtime.errors import TtaError, WireError
 
@@ -45,6 +45,8 @@ class Call:
         began_s: on the clock of `time.monotonic`.
         ended_s: likewise; meaningless before the end.
         outcome: how it ended; `None` before.
+        part: told of each part of a reply that comes in parts.
+        heard_s: when the last part came; the deadline counts from there.
     """
 
     message: Request
@@ -53,11 +55,13 @@ class Call:
     began_s: float
     ended_s: float = 0.0
     outcome: Outcome | None = None
+    part: Callable[[Received[Any]], None] | None = None
+    heard_s: float = -math.inf
 
     @property
     def deadline_s(self) -> float:
-        """When it ends at the latest."""
-        return self.began_s + self.timeout_s
+        """When it ends at the latest, if nothing more comes."""
+        return max(self.began_s, self.heard_s) + self.timeout_s
 
     def received(self) -> tuple[Received[Any], float]:
         """The answer and how long it took, in milliseconds; raises what the call ended with instead."""
@@ -99,13 +103,18 @@ class Connection:
         self._waiting.append(call)
 
     def cancel(self, call: Call) -> None:
-        """Forget a call, whether it waits, is open or has ended. If it was sent, it may be carried out."""
+        """Forget a call, whether it waits, is open or has ended. If it was sent, it may be carried out.
+
+        The daemon is asked to stop what answers in parts.
+        """
         if call in self._waiting:
             self._waiting.remove(call)
         for number, sent in self._sent.items():
             if sent is call:
                 self._session.abandon(number)
                 del self._sent[number]
+                if call.part is not None:
+                    self._stop(number)
                 return
 
     def advance(self) -> list[Call]:
@@ -182,9 +191,17 @@ class Connection:
                 outcome: Outcome | None = self._session.receive([frame.buffer for frame in frames])
             except WireError as error:
                 outcome = error
-            if outcome is not None:
+            if isinstance(outcome, Received) and isinstance(outcome.message, PARTS):
+                self._hear(outcome)
+            elif outcome is not None:
                 ended += self._end_closed(outcome)
         return ended
+
+    def _hear(self, part: Received[Any]) -> None:
+        call = self._sent[part.message.id]
+        call.heard_s = time.monotonic()
+        if call.part is not None:
+            call.part(part)
 
     def _send_waiting(self) -> None:
         while self._may_send() and self._dealer.poll(0, zmq.POLLOUT):
@@ -192,6 +209,13 @@ class Connection:
             frames = self._session.request(call.message, call.tensors)
             self._sent[self._session.last_id] = call
             # Copied: the caller may change an array as soon as its call has ended, sent completely or not.
+            self._dealer.send_multipart(frames, zmq.NOBLOCK)
+
+    def _stop(self, number: int) -> None:
+        """Ask the daemon to stop with a request; nobody waits for what it says to that."""
+        if self._connected and self._dealer.poll(0, zmq.POLLOUT):
+            frames = self._session.request(Cancel(id=0, request=number))
+            self._session.abandon(self._session.last_id)
             self._dealer.send_multipart(frames, zmq.NOBLOCK)
 
     def _end_closed(self, outcome: Outcome) -> list[Call]:

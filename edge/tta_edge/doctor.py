@@ -46,7 +46,7 @@ def checks(settings: Callable[[], Resolved], batch: int, *, measure: bool = True
 
 def _with(config: Config, batch: int, *, measure: bool) -> Iterator[Check]:
     yield from gpu.checks(config)
-    good, slot_bytes = True, 0
+    good, slot_bytes, images = True, 0, False
     try:
         bundles = hosting.wanted(config)
     except TtaError as error:
@@ -57,6 +57,7 @@ def _with(config: Config, batch: int, *, measure: bool) -> Iterator[Check]:
         yield from found
         good = good and passed(found)
         if manifest is not None:
+            images = images or manifest.text is None
             slot_bytes = max(slot_bytes, stored_bytes(manifest, wanted.method or manifest.default_method))
     cores = hosting.usable_cores()
     yield machine.threads(config, cores, machine.usable_cores(cores))
@@ -65,7 +66,7 @@ def _with(config: Config, batch: int, *, measure: bool) -> Iterator[Check]:
     yield from machine.ports(config, running)
     yield common.open_files()
     yield common.clock()
-    if measure and good:
+    if measure and good and images:  # language models have said what they take
         yield memory(config, batch, machine.available_bytes())
 
 

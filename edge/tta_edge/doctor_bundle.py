@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tta_edge import hosting
 from tta_edge.config import BundleConfig, Config
+from tta_edge.doctor_text import check_text
 from tta_edge.wire import InputInfo
 from tta_runtime import Bundle, InputSpec, Manifest, Model
 from tta_runtime.checks import Check, fail, ok, warn
@@ -45,10 +46,12 @@ def check_bundle(
     checks = [ok(f"bundle {name}", said)]
     try:
         host = hosting.load(name, wanted, config)
-        model = host.model(config)
     except TtaError as error:
         return [*checks, fail(f"engine {name}", f"{error.code}: {error.cause}", error.fix)], manifest
     checks.append(engine(name, host))
+    if host.text is not None:
+        return [*checks, *check_text(name, host.text, config)], manifest
+    model = host.model(config)
     size = model.spec.window or model.spec.batch or max(batch, model.spec.min_batch)
     x = noise(manifest.input, size, np.random.default_rng(config.seed))
     return [*checks, *runs(name, model, x), batches(name, manifest, host.method, config, batch)], manifest

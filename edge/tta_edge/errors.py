@@ -53,6 +53,30 @@ class TooManyStreams(ServiceError):
     code = "too-many-streams"
 
 
+class UnknownSession(ServiceError):
+    """A message names a session that has absorbed nothing here."""
+
+    code = "unknown-session"
+
+
+class SessionExists(ServiceError):
+    """A session of that name is there already; an import replaces none."""
+
+    code = "session-exists"
+
+
+class TooManySessions(ServiceError):
+    """One more session would exceed `max_sessions` or `max_session_bytes`, and none can go to disk."""
+
+    code = "too-many-sessions"
+
+
+class Cancelled(ServiceError):
+    """The client has cancelled the request; nothing has changed."""
+
+    code = "cancelled"
+
+
 class ReloadUnderWay(ServiceError):
     """Another reload of the same bundle has not finished."""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from tta_edge.errors import (
     ClientError,
     ServiceError,
+    SessionExists,
     SpoolDamaged,
     SpoolError,
     StartError,
     UnknownBundle,
+    UnknownSession,
     UnknownStream,
 )
 from tta_runtime.errors import (
@@ -31,6 +33,8 @@ _BY_ERROR: tuple[tuple[type[TtaError], ExitCode], ...] = (
     (ConfigError, ExitCode.USAGE),
     (UnknownBundle, ExitCode.USAGE),
     (UnknownStream, ExitCode.USAGE),
+    (UnknownSession, ExitCode.USAGE),
+    (SessionExists, ExitCode.USAGE),
     (BadField, ExitCode.USAGE),
     (MethodError, ExitCode.USAGE),
     (BundleError, ExitCode.BAD_DATA),

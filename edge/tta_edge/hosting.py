@@ -16,9 +16,11 @@ from tta_runtime import Limits
 from tta_runtime.bundle import Bundle
 from tta_runtime.engine import Engine, EngineOptions, Loader
 from tta_runtime.errors import BadValue, MethodNeedsTeacher, UnknownMethod, did_you_mean
+from tta_runtime.manifest_check import expect_task
 from tta_runtime.model import Engines, Model
 from tta_runtime.plan_build import Batches
 from tta_runtime.selection import Fallback, Selector
+from tta_runtime.text_model import PASS_TOKENS, TextModel
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class Host:
         hyper: what is set of its hyper-parameters.
         loads: how often a bundle of this name was loaded.
         fallbacks: graphs that do not run where `auto` would have them.
+        text: the language model, of a bundle of the task `text`.
     """
 
     name: str
@@ -92,12 +95,14 @@ class Host:
     hyper: Mapping[str, float]
     loads: int = 1
     fallbacks: tuple[Fallback, ...] = ()
+    text: TextModel | None = None
 
     def model(self, config: Config) -> Model:
         """A new stream's model, at the source.
 
         Raises:
-            MethodError, ConfigError: the bundle has no such method or hyper-parameter.
+            WrongTask: the bundle is for text.
+            MethodError, ConfigError: it has no such method or hyper-parameter.
         """
         limits = Limits(max_batch=config.max_batch, max_bytes=config.max_request_bytes)
         return Model(self.engines, self.method, hyper=self.hyper, seed=config.seed, limits=limits)
@@ -133,6 +138,8 @@ def load(name: str, bundle: BundleConfig, config: Config, *, before: Host | None
         BundleError: the bundle is refused.
         MethodError: it has no such method or hyper-parameter, or the method learns from a teacher.
         EngineError: this machine cannot run its graphs.
+        WrongTask: it is for another task than the one before.
+        BadValue: it is for text, and `max_session_bytes` is too small for it.
     """
     opened = Bundle.open(bundle.path)
     known = opened.manifest.methods
@@ -143,14 +150,23 @@ def load(name: str, bundle: BundleConfig, config: Config, *, before: Host | None
             f"method `{method}` learns from a teacher's logits, and a daemon has none",
             f"Choose one that adapts by itself: {', '.join(alone) or 'build the bundle with one'}",
         )
+    if before is not None:
+        expect_task(opened.manifest, before.engines.bundle.manifest.task)
     threads = divide(config, usable_cores())
     if before is not None and (before.engines.bundle.digest, before.method) == (opened.digest, method):
-        engines, fallbacks = before.engines, before.fallbacks
+        engines, fallbacks, text = before.engines, before.fallbacks, before.text
+    elif opened.manifest.text is not None:
+        engines, fallbacks = _text_engines(opened, method, config)
+        text = TextModel(engines, method)
     else:
         engines, fallbacks = _engines(opened, method, config, threads)
+        text = None
     loads = 1 if before is None else before.loads + 1
-    host = Host(name, Path(bundle.path), engines, method, config.hyper_of(method), loads, fallbacks)
-    host.model(config)  # a wrong hyper-parameter stops the daemon, or the reload, and not its first client
+    host = Host(name, Path(bundle.path), engines, method, config.hyper_of(method), loads, fallbacks, text)
+    if text is None:
+        host.model(config)  # a wrong hyper-parameter stops the daemon or the reload, not its first client
+    else:
+        check_memory(name, text, config)
     log.info(
         "serving `%s` (%s) with method `%s` of %s on %s, %d + %d threads, bundle %s",
         name,
@@ -163,6 +179,26 @@ def load(name: str, bundle: BundleConfig, config: Config, *, before: Host | None
         opened.digest[:12],
     )
     return host
+
+
+def pass_bytes(text: TextModel, tokens: int) -> int:
+    """Memory of a text while it is scored or generated: its cache twice, as a run takes one and gives another."""
+    return 2 * tokens * text.cache_bytes + 4 * min(tokens, PASS_TOKENS) * text.manifest.classes
+
+
+def check_memory(name: str, text: TextModel, config: Config) -> None:
+    """Whether a language model has room to do anything at all.
+
+    Raises:
+        BadValue: one session and one text of full length need more than `max_session_bytes`.
+    """
+    needed = text.session_bytes + pass_bytes(text, text.text.context)
+    if needed > config.max_session_bytes:
+        raise BadValue(
+            f"max_session_bytes is {config.max_session_bytes}, one session of `{name}` and one text of "
+            f"{text.text.context} tokens need {needed}",
+            "Raise max_session_bytes",
+        )
 
 
 def _engines(
@@ -188,6 +224,15 @@ def _engines(
         step_options=step_options,
         loader=loader,
     )
+    return engines, tuple(select.fallbacks)
+
+
+def _text_engines(bundle: Bundle, method: str, config: Config) -> tuple[Engines, tuple[Fallback, ...]]:
+    """Of a language model: `auto` is the CPU, where small decoders are fastest and others have not been tried."""
+    select = Selector("cpu" if config.engine == "auto" else config.engine, device=config.gpu)
+    # One thread answers and absorbs, so all cores are for both.
+    options = EngineOptions(threads=config.threads or usable_cores(), tf32=config.tf32)
+    engines = Engines.load(bundle, methods=[method], options=options, loader=select, task="text")
     return engines, tuple(select.fallbacks)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from tta_edge.events import Reason
-from tta_edge.stats import Figures
+from tta_edge.stats import USES, Figures
 from tta_edge.wire import CloudInfo, StatusReply, StreamState, StreamStatus
 from tta_runtime.metrics import Definition, Samples, described, render
 
@@ -70,6 +70,12 @@ def _by_bundle(status: StatusReply, values: Mapping[str, float]) -> Samples:
 def _steps(status: StatusReply, figures: Figures) -> Samples:
     served = {(bundle.name, result): 0.0 for bundle in status.bundles for result in STEP_RESULTS}
     return list({**served, **figures.steps}.items())
+
+
+def _tokens(status: StatusReply, figures: Figures) -> Samples:
+    texts = {bundle.name for bundle in status.bundles if bundle.task == "text"}
+    served: dict[tuple[str, str], float] = {(name, use): 0 for name in texts for use in USES}
+    return list({**served, **figures.tokens}.items())
 
 
 def _events(action: str) -> Callable[[StatusReply, Figures], Samples]:
@@ -352,6 +358,41 @@ METRICS: tuple[Metric, ...] = (
         _OVER,
         "Share of the compared samples to which stream and frozen source give the same class, over the streams.",
         _over_streams(lambda stream: stream.agreement),
+    ),
+    Metric(
+        "tta_sessions_held",
+        "gauge",
+        ("place",),
+        "Sessions of language models by where they are: in `memory`, or on `disk` only.",
+        lambda status, _: [(("memory",), len(status.sessions)), (("disk",), status.stored_sessions)],
+    ),
+    Metric(
+        "tta_session_memory_bytes",
+        "gauge",
+        (),
+        "Memory set apart for sessions and for texts under way; at most `max_session_bytes`.",
+        lambda status, _: _one(status.text_bytes),
+    ),
+    Metric(
+        "tta_text_tokens_total",
+        "counter",
+        ("bundle", "use"),
+        "Tokens of language models: `scored`, `generated` or `absorbed`.",
+        _tokens,
+    ),
+    Metric(
+        "tta_text_first_token_seconds",
+        "histogram",
+        ("bundle",),
+        "Time from the arrival of a `generate` to its first token.",
+        lambda _, figures: _by_name(figures.first_s),
+    ),
+    Metric(
+        "tta_text_token_seconds",
+        "histogram",
+        ("bundle",),
+        "Time of a generated token in the engine.",
+        lambda _, figures: _by_name(figures.token_s),
     ),
     Metric(
         "tta_base_seq",

@@ -31,7 +31,7 @@ def check_output(path: Path | None) -> None:
         raise OutputUnwritable(f"{place} is not writable", "Name a file in a directory of yours")
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, content: str | bytes) -> None:
     """The whole file or nothing of it.
 
     Raises:
@@ -39,10 +39,11 @@ def write_output(path: Path, text: str) -> None:
     """
     from tta_runtime.atomic import write_atomic
 
+    data = content.encode() if isinstance(content, str) else content
     try:
         if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")  # a pipe or a device: there is nothing to replace
+            path.write_bytes(data)  # a pipe or a device: there is nothing to replace
         else:
-            write_atomic(path, text.encode())
+            write_atomic(path, data)
     except OSError as error:
         raise OutputUnwritable(f"cannot write {path}: {error.strerror}", "Name another file") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from tta_edge.adapt import Stream
 from tta_edge.errors import TooManyStreams, UnknownStream
@@ -54,11 +54,11 @@ class Registry:
         with self._lock:
             return list(self._streams.values())
 
-    def stored(self) -> int:
-        """How many streams are on disk only."""
+    def stored(self, texts: Collection[str] = ()) -> int:
+        """How many streams are on disk only; what is there of the bundles `texts` are no streams."""
         if self._store is None:
             return 0
-        on_disk = set(self._store.keys())
+        on_disk = {key for key in self._store.keys() if key[0] not in texts}  # noqa: SIM118 - not a mapping
         with self._lock:
             return len(on_disk - self._streams.keys())
 

@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,7 +25,7 @@ from tta_edge.cloud import CloudLink
 from tta_edge.config import BundleConfig, Config
 from tta_edge.enrol import Enrolment
 from tta_edge.enrol import load as load_enrolment
-from tta_edge.errors import Internal, NotEnrolled, ReloadUnderWay, UnknownBundle
+from tta_edge.errors import Internal, ModeRefused, NotEnrolled, ReloadUnderWay, UnknownBundle
 from tta_edge.events import Event, EventLog, Reason
 from tta_edge.gallery import Shelf
 from tta_edge.hosting import Host, load, load_all, wanted
@@ -33,16 +34,19 @@ from tta_edge.registry import Registry
 from tta_edge.saver import Saver
 from tta_edge.sending import Sender, encoder
 from tta_edge.session import Arrived, error_reply
+from tta_edge.sessions import Sessions
 from tta_edge.spool import Spool
 from tta_edge.stats import Figures, Stats
 from tta_edge.stepper import Stepper
 from tta_edge.store import StateStore
 from tta_edge.teaching import TAUGHT, Bases, Report, check_mode
+from tta_edge.texts import Texts
 from tta_edge.wire import (
     Adapt,
     AdaptDone,
     AutoStatus,
     BundleStatus,
+    Cancel,
     Events,
     EventsReply,
     Info,
@@ -62,14 +66,18 @@ from tta_edge.wire import (
     StatusReply,
     StreamStatus,
     Tensors,
+    TextInfo,
+    TextRequest,
     declare,
     tag,
 )
 from tta_runtime import __version__
 from tta_runtime.atomic import DISK, Disk
 from tta_runtime.errors import TtaError, did_you_mean
+from tta_runtime.manifest_check import expect_task
 from tta_runtime.memory import resident_bytes, return_free_memory
 from tta_runtime.model import Model
+from tta_runtime.text_model import TextModel
 from tta_runtime.theta import Vector
 
 log = logging.getLogger(__name__)
@@ -90,6 +98,7 @@ class Responder:
         emit: takes the replies.
         call: has something done by the answering thread between two requests.
         open_requests: how many requests are being worked on.
+        waited_for: whether somebody waits for the answer to one; for any thread.
         clock: seconds, the same one that stamps arrivals.
         disk: what writes to the state directory.
 
@@ -107,6 +116,7 @@ class Responder:
         emit: Emit,
         call: Callable[[Call], None],
         open_requests: Callable[[], int] = lambda: 0,
+        waited_for: Callable[[Arrived], bool] = lambda _: True,
         clock: Callable[[], float] = time.monotonic,
         disk: Disk = DISK,
     ) -> None:
@@ -137,9 +147,15 @@ class Responder:
         self.events = EventLog(stats, self._keep_line)
         self._hosts = load_all(config)
         self._default = next(iter(self._hosts))
+        images = {name: host for name, host in self._hosts.items() if host.text is None}
         # Before the state directory is taken: what is refused here leaves nothing behind.
-        for host in self._hosts.values():
+        for host in images.values():
             check_mode(config.mode, host)
+        if config.mode in TAUGHT and self._default not in images:
+            raise ModeRefused(
+                f"mode `{config.mode}` teaches the first bundle, and `{self._default}` is a language model",
+                "Set mode = local",
+            )
         enrolment = _enrolment(config) if config.mode in TAUGHT else None
         sends = enrolment is not None and config.upload != "off"
         first = self._hosts[self._default].engines.bundle.manifest.input
@@ -179,8 +195,27 @@ class Responder:
             streams=self._registry.all,
             disk=disk,
         )
-        for host in self._hosts.values():
+        for host in images.values():
             self._bases.open(host)
+        self._sessions = Sessions(
+            max_sessions=config.max_sessions,
+            max_bytes=config.max_session_bytes,
+            tell=self.events.add,
+            store=self._store,
+            saver=self._saver,
+        )
+        self._texts = Texts(
+            config,
+            self._sessions,
+            stats,
+            tell=self.events.add,
+            call=call,
+            finish=self._finish,
+            refuse=self._refuse,
+            emit=emit,
+            waited_for=waited_for,
+            clock=clock,
+        )
         self._cloud = None if enrolment is None else self._linked(config, enrolment)
         self._sender = Sender(
             config.upload if sends else "off",
@@ -192,10 +227,10 @@ class Responder:
             encoder=jpegs,
         )
         self._reloading: set[str] = set()
-        self._registry.restore_all(self._hosts)
+        self._registry.restore_all(images)
         for stream in self._registry.all():
             self._bases.admit(stream)
-        if not self._registry.all():
+        if not self._registry.all() and self._default in images:
             self._registry.admit(self._registry.get(self._hosts[self._default], DEFAULT_STREAM))
         self._stepper.start()
         if self._cloud is not None:
@@ -229,12 +264,16 @@ class Responder:
             self._alone(arrived)
 
     def _alone(self, arrived: Arrived) -> None:
-        message = arrived.message
+        message: Any = arrived.message
         try:
             if isinstance(message, Predict):
                 self._predict(message, [arrived])
             elif isinstance(message, Reload):
                 self._begin_reload(message.bundle, arrived)
+            elif isinstance(message, get_args(TextRequest)) or self._resets_session(message):
+                self._texts.take(arrived, self._host(message.bundle))
+            elif isinstance(message, Cancel):
+                self._finish(arrived, self._texts.cancel(arrived, message), {})
             else:
                 self._finish(arrived, self._command(message), {})
         except TtaError as error:
@@ -243,6 +282,9 @@ class Responder:
             log.exception("a defect while answering `%s`", tag(message))
             cause = f"the daemon failed with {type(error).__name__}"
             self._refuse(arrived, Internal(cause, "Report it with the daemon's log"))
+
+    def _resets_session(self, message: Any) -> bool:
+        return isinstance(message, Reset) and self._host(message.bundle).text is not None
 
     def _together(self, message: Predict, group: list[Arrived]) -> bool:
         """Answer predictions in one run; false where they must be answered one by one after all."""
@@ -257,7 +299,7 @@ class Responder:
     def _predict(self, message: Predict, group: list[Arrived]) -> None:
         """Answer predictions of one stream in one run; `message` is the first one's."""
         began_s = self._clock()
-        host = self._host(message.bundle)
+        host = self._images(message.bundle)
         stream = self._registry.get(host, message.stream)
         self._bases.admit(stream)
         batches = [arrived.tensors["x"] for arrived in group]
@@ -311,14 +353,14 @@ class Responder:
 
     def _command(self, message: Any) -> Reply:
         if isinstance(message, Reset):
-            stream = self._registry.find(self._host(message.bundle), message.stream)
+            stream = self._registry.find(self._images(message.bundle), message.stream)
             self._stepper.drop(stream)
             stream.reset()
             durable = self._settle(stream) or self._store is None  # without a directory a restart is a reset
             digest = stream.model.digest
             return ResetDone(id=message.id, stream=stream.name, theta_digest=digest, durable=durable)
         if isinstance(message, Rollback):
-            stream = self._registry.find(self._host(message.bundle), message.stream)
+            stream = self._registry.find(self._images(message.bundle), message.stream)
             self._stepper.drop(stream)
             found = stream.roll_back()
             durable = self._settle(stream) or (self._store is None and not found)
@@ -351,7 +393,7 @@ class Responder:
             durable = self._saver is not None and self._saver.save_switch(message.on)
             self.events.add(Event("", "", "switch", Reason.REQUESTED.value, f"adaptation is {word}"))
             return AdaptDone(id=message.id, on=message.on, stream="", durable=durable)
-        stream = self._registry.find(self._host(message.bundle), message.stream)
+        stream = self._registry.find(self._images(message.bundle), message.stream)
         stream.switch(message.on)
         if not message.on:
             self._stepper.drop(stream)
@@ -442,9 +484,12 @@ class Responder:
         self._reloading.discard(old.name)
         before, now = old.engines.bundle.digest, new.engines.bundle.digest
         self._hosts[new.name] = new
-        if before != now:
-            self._bases.open(new)
-        kept, restarted = self._registry.swap(new)
+        if new.text is not None:
+            kept, restarted = self._texts.swap(new)
+        else:
+            if before != now:
+                self._bases.open(new)
+            kept, restarted = self._registry.swap(new)
         detail = f"bundle {now[:12]} after {before[:12]}; {kept} streams go on, {restarted} start anew"
         self.events.add(Event(new.name, "", "reload", Reason.REQUESTED.value, detail))
         if arrived is not None:
@@ -488,6 +533,17 @@ class Responder:
                 batch=spec.batch,
                 min_batch=spec.min_batch,
             ),
+            text=None if host.text is None else self._text_info(host.text),
+        )
+
+    def _text_info(self, text: TextModel) -> TextInfo:
+        return TextInfo(
+            tokenizer=text.text.tokenizer,
+            tokenizer_digest=text.tokenizer.digest,
+            chunk=text.text.chunk,
+            context=text.text.context,
+            begins=text.text.begin is not None,
+            max_text_bytes=self._config.max_text_bytes,
         )
 
     def status(self, request_id: int = 0, figures: Figures | None = None) -> StatusReply:
@@ -501,7 +557,7 @@ class Responder:
             policy=self._config.policy,
             bundles=[self._bundle_status(host) for host in list(self._hosts.values())],
             streams=[self._stream_status(stream) for stream in self._registry.all()],
-            stored_streams=self._registry.stored(),
+            stored_streams=self._registry.stored(self._text_bundles()),
             state_dir=self._config.state_dir or "",
             requests=Requests(
                 ok=figures.ok,
@@ -515,18 +571,30 @@ class Responder:
             cloud=None
             if self._cloud is None
             else self._cloud.info(seen=self._sender.seen, chosen=self._sender.chosen),
+            sessions=self._texts.status(),
+            stored_sessions=self._sessions.stored(self._text_bundles()),
+            text_bytes=self._sessions.nbytes,
         )
 
+    def _text_bundles(self) -> set[str]:
+        return {name for name, host in list(self._hosts.items()) if host.text is not None}
+
     def _bundle_status(self, host: Host) -> BundleStatus:
-        bundle, base = host.engines.bundle, self._bases.base(host.name)
-        staged = self._bases.candidate(host.name)
-        return BundleStatus(
+        bundle = host.engines.bundle
+        status = BundleStatus(
             name=host.name,
             model_id=bundle.manifest.model_id,
             digest=bundle.digest,
             method=host.method,
             provider=", ".join(sorted(set(host.engines.providers.values()))),
             loads=host.loads,
+            task="classification" if host.text is None else "text",
+        )
+        if host.text is not None:
+            return status
+        base, staged = self._bases.base(host.name), self._bases.candidate(host.name)
+        return msgspec.structs.replace(
+            status,
             base="" if not base.seq else f"{base.epoch}.{base.seq}",
             staged="" if staged is None else f"{staged[0]}.{staged[1]}",
             fallbacks=[str(fallback) for fallback in host.fallbacks],
@@ -562,6 +630,7 @@ class Responder:
         if self._cloud is not None:
             self._cloud.close()
         self._stepper.close(CLOSE_S)
+        self._texts.close()
         self._registry.save_all()
         if self._saver is not None:
             self._saver.close()
@@ -576,6 +645,12 @@ class Responder:
             raise UnknownBundle(
                 f"there is no bundle `{name}`{did_you_mean(name, self._hosts)}", "Name one that is served"
             )
+        return host
+
+    def _images(self, name: str) -> Host:
+        """The bundle of a name, which must be for images."""
+        host = self._host(name)
+        expect_task(host.engines.bundle.manifest, "classification")
         return host
 
     def _new_stream(self, host: Host, name: str) -> Stream:

@@ -13,9 +13,9 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from tta_edge.adapt import Keeper, Stream
+from tta_edge.adapt import Keeper
 from tta_edge.events import Event, Reason
-from tta_edge.store import Key, StateStore
+from tta_edge.store import Kept, Key, StateStore
 from tta_runtime.errors import StateUnwritable
 from tta_runtime.files import reason
 from tta_runtime.model import Checkpoint
@@ -39,7 +39,7 @@ class Job:
         alone: whether what was saved before must go.
     """
 
-    stream: Stream
+    stream: Kept
     checkpoint: Checkpoint | None
     notes: str
     alone: bool
@@ -90,15 +90,15 @@ class Saver(Keeper):
         with self._wanted:
             return next(iter(self._failed.values()), "")
 
-    def keep(self, stream: Stream, checkpoint: Checkpoint, notes: str) -> None:
+    def keep(self, stream: Kept, checkpoint: Checkpoint, notes: str) -> None:
         """Save a checkpoint soon."""
         self._put(Job(stream, checkpoint, notes, alone=False))
 
-    def returned(self, stream: Stream, checkpoint: Checkpoint | None, notes: str) -> None:
+    def returned(self, stream: Kept, checkpoint: Checkpoint | None, notes: str) -> None:
         """Make what is saved agree soon with a stream that went back."""
         self._put(Job(stream, checkpoint, notes, alone=True))
 
-    def drop(self, stream: Stream) -> None:
+    def drop(self, stream: Kept) -> None:
         """Forget the job of a stream that waits: what it holds fits the bundle no longer."""
         with self._writing:
             with self._wanted:
@@ -111,7 +111,7 @@ class Saver(Keeper):
             self._lines.append(line)
             self._wanted.notify()
 
-    def save_now(self, stream: Stream) -> None:
+    def save_now(self, stream: Kept) -> None:
         """Save a stream as it is now, in place of any job of it that waits.
 
         Raises:
@@ -120,7 +120,7 @@ class Saver(Keeper):
         self.keep(stream, stream.model.checkpoint, stream.notes())
         self._write_now(stream.key)
 
-    def settle(self, stream: Stream) -> bool:
+    def settle(self, stream: Kept) -> bool:
         """Write the job of a stream that waits, now; gives whether the disk holds what it should."""
         with suppress(StateUnwritable):
             self._write_now(stream.key)

@@ -159,7 +159,8 @@ class Server:
             max_open_bytes=config.max_queue_bytes,
             per_client=config.max_client_requests,
         )
-        # The session opens at most `max_queue` requests, so no more answers can wait.
+        # The session opens at most `max_queue` requests, and each has at most one reply or part of one for each turn of
+        # the answering thread, so few answers wait.
         self._outbox: deque[tuple[Arrived, Reply, Tensors]] = deque()
         self._inbox = Inbox(
             lambda arrived: self._responder.merge(arrived),
@@ -181,6 +182,7 @@ class Server:
             emit=self._emit,
             call=self._inbox.put,
             open_requests=lambda: self._session.open,
+            waited_for=lambda arrived: self._session.waited_for(arrived),
             clock=self._clock,
             disk=self._disk,
         )

@@ -16,6 +16,7 @@ import msgspec
 
 from tta_edge.errors import Busy, Draining, DuplicateRequest, ServiceError
 from tta_edge.wire import (
+    PARTS,
     REPLY_LIMITS,
     Buffer,
     ErrorReply,
@@ -155,11 +156,14 @@ class ServerSession:
         return [arrived], []
 
     def answer(self, arrived: Arrived, reply: Reply, tensors: Tensors, now_s: float) -> list[Frames]:
-        """Close an open request with its reply.
+        """Close an open request with its reply; a part of a reply leaves it open.
 
         Returns:
             The multipart messages to send; none where the peer has gone.
         """
+        if isinstance(reply, PARTS):
+            self._last_answer_s = now_s
+            return [[arrived.peer, *encode(reply, tensors)]] if self.waited_for(arrived) else []
         del self._open[arrived.key]
         self._account(arrived, now_s)
         if not self._open:
@@ -177,6 +181,10 @@ class ServerSession:
         keys = {key for key in self._open if key[0] == peer} - self._abandoned
         self._abandoned |= keys
         return len(keys)
+
+    def waited_for(self, arrived: Arrived) -> bool:
+        """Whether somebody waits for the answer to an open request, as far as is known; for any thread."""
+        return arrived.key not in self._abandoned
 
     def drain(self) -> None:
         """Take no new requests; the session closes when the last open one is answered."""
@@ -253,7 +261,7 @@ class ClientSession:
         return frames
 
     def receive(self, frames: Sequence[Buffer]) -> Received[Any] | None:
-        """The reply to an open request, which it closes; `None` for one that nobody waits for any more.
+        """The reply to an open request, which it closes unless it is a part of one; `None` where nobody waits any more.
 
         An error without an id answers something that the daemon could not read. Which request that was is
         known only where no more than one is open, so it closes them all.
@@ -267,6 +275,8 @@ class ClientSession:
         except WireError as error:
             self._close(error.request_id)
             raise
+        if isinstance(received.message, PARTS):
+            return received if received.message.id in self.open else None
         return received if self._close(received.message.id) else None
 
     def abandon(self, request_id: int) -> None:

@@ -27,6 +27,7 @@ GROUPS = {
     "adapt": "When a step runs",
     "batch_max": "Requests",
     "max_streams": "Streams and what is kept of them",
+    "max_sessions": "Language models",
     "max_distance": "Guards",
     "http": "Running",
 }

@@ -7,9 +7,13 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from tta_runtime.histogram import Histogram
 
+Use = Literal["scored", "generated", "absorbed"]
+"""What a language model did with tokens."""
+USES: tuple[Use, ...] = get_args(Use)
 WINDOW = 2048  # values a quantile looks back on; older ones are forgotten, so memory never grows
 
 
@@ -44,6 +48,9 @@ class Figures:
         request_s, queue_s, compute_s, step_s: bundle -> time of a prediction from arrival to answer, of that in
             the queue, of that in the engine; and time of a background or inline step.
         latency_ms: the last predictions' times from arrival to answer.
+        tokens: (bundle, use) -> tokens of language models; the use is one of `USES`.
+        first_s, token_s: bundle -> time from a `generate`'s arrival to its first token, and of each token in the
+            engine.
     """
 
     answered: Mapping[str, int]
@@ -58,6 +65,9 @@ class Figures:
     compute_s: Mapping[str, Histogram]
     step_s: Mapping[str, Histogram]
     latency_ms: tuple[float, ...]
+    tokens: Mapping[tuple[str, str], int]
+    first_s: Mapping[str, Histogram]
+    token_s: Mapping[str, Histogram]
 
     @property
     def ok(self) -> int:
@@ -93,6 +103,9 @@ class Stats:
         self._compute_s: dict[str, Histogram] = {}
         self._step_s: dict[str, Histogram] = {}
         self._latency_ms: deque[float] = deque(maxlen=WINDOW)
+        self._tokens: Counter[tuple[str, str]] = Counter()
+        self._first_s: dict[str, Histogram] = {}
+        self._token_s: dict[str, Histogram] = {}
 
     def answered(self, kind: str) -> None:
         """Count a request that got what it asked for, by the message's name."""
@@ -137,6 +150,19 @@ class Stats:
         with self._lock:
             self._dropped += samples
 
+    def read(self, bundle: str, use: Use, tokens: int) -> None:
+        """Count tokens of a language model."""
+        with self._lock:
+            self._tokens[bundle, use] += tokens
+
+    def generated(self, bundle: str, *, compute_s: float, first_s: float | None = None) -> None:
+        """Note a token that was generated, with its time; the first one with the time that it was waited for."""
+        with self._lock:
+            self._tokens[bundle, "generated"] += 1
+            self._token_s.setdefault(bundle, Histogram()).add(compute_s)
+            if first_s is not None:
+                self._first_s.setdefault(bundle, Histogram()).add(first_s)
+
     def figures(self) -> Figures:
         """All figures as they are now."""
 
@@ -157,4 +183,7 @@ class Stats:
                 copies(self._compute_s),
                 copies(self._step_s),
                 tuple(self._latency_ms),
+                dict(self._tokens),
+                copies(self._first_s),
+                copies(self._token_s),
             )

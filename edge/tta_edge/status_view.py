@@ -155,6 +155,8 @@ def status_view(status: StatusReply, to: str) -> RenderableType:
     parts: list[RenderableType] = [facts(status, to), Text(), bundle_table(status)]
     if status.streams:
         parts += [Text(), stream_table(status.streams)]
+    if status.sessions or status.stored_sessions:
+        parts += [Text(), sessions_view(status)]
     return Group(*parts, *finding_lines(findings(status)))
 
 
@@ -254,6 +256,22 @@ def streams_view(status: StatusReply) -> RenderableType:
     return Group(
         table, Text(f"{len(status.streams)} in memory{where}", style="dim"), *finding_lines(findings(status))
     )
+
+
+def sessions_view(status: StatusReply) -> RenderableType:
+    """The sessions of language models in memory, the most recently used last."""
+    table = plain_table(
+        "session", "bundle", "method", ">absorbed", ">pending", ">chunks", "theta", "began at", "kept"
+    )
+    for session in status.sessions:
+        table.add_row(
+            session.id, session.bundle, session.method, str(session.absorbed), str(session.pending),
+            str(session.chunks), session.theta_digest[:12], session.restored,
+            "on disk" if session.durable else "in memory",
+        )  # fmt: skip
+    where = f", {status.stored_sessions} more on disk" if status.stored_sessions else ""
+    text = f"{len(status.sessions)} sessions in memory{where}, {decimal(status.text_bytes)} set apart"
+    return Group(table, Text(text, style="dim"))
 
 
 def events_view(events: Sequence[EventEntry]) -> RenderableType:

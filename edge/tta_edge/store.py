@@ -23,11 +23,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import msgspec
 
-from tta_edge.adapt import Stream
 from tta_edge.errors import StateDirInUse, StateDirUnusable
 from tta_edge.events import Event, EventFile, Reason, Tell
 from tta_edge.wire import NAME_PATTERN
@@ -52,6 +51,39 @@ class Switch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The kill switch as it is on disk."""
 
     adapt: bool
+
+
+class Learner(Protocol):
+    """What turns itself into a state file and back: a model, or a session of a language model."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is active now."""
+
+    @property
+    def max_state_bytes(self) -> int:
+        """The largest size that its state file can have."""
+
+    def encode(self, checkpoint: Checkpoint, *, generation: int, notes: str) -> bytes:
+        """The bytes of a state file."""
+
+    def decode(self, data: bytes) -> tuple[Checkpoint, int, str]:
+        """Checkpoint, generation and notes from the bytes of one; raises a StateError."""
+
+
+class Kept(Protocol):
+    """What has a place in the state directory."""
+
+    @property
+    def key(self) -> Key:
+        """Its bundle and its name."""
+
+    @property
+    def model(self) -> Learner:
+        """What is saved of it."""
+
+    def notes(self) -> str:
+        """What is saved beside the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +169,7 @@ class StateStore:
             if key in self._saved:
                 self._saved.move_to_end(key)
 
-    def load(self, stream: Stream) -> Found:
+    def load(self, stream: Kept) -> Found:
         """What is saved of a stream; what cannot be used goes to the quarantine."""
 
         def decode(data: bytes) -> tuple[tuple[Checkpoint, str], int]:
@@ -154,7 +186,7 @@ class StateStore:
         before = good[1].value[0] if len(good) > 1 else None
         return Found(Restored(checkpoint, notes, before, good[0].name), set_aside)
 
-    def save(self, stream: Stream, checkpoint: Checkpoint, notes: str, *, alone: bool = False) -> None:
+    def save(self, stream: Kept, checkpoint: Checkpoint, notes: str, *, alone: bool = False) -> None:
         """Commit a checkpoint of a stream to the older of its slots.
 
         Args:
@@ -174,7 +206,7 @@ class StateStore:
             self._listed(stream.key, slots.directory / name)
             self._forget_oldest(stream.key)
 
-    def clear(self, stream: Stream) -> None:
+    def clear(self, stream: Kept) -> None:
         """Delete what is saved of a stream.
 
         Raises:
@@ -184,7 +216,7 @@ class StateStore:
             self._of(stream.key).clear()
             self._unlisted(stream.key)
 
-    def discard(self, stream: Stream) -> None:
+    def discard(self, stream: Kept) -> None:
         """Forget the slots' order; for a stream that is no longer in memory."""
         with self._mutex:
             self._slots.pop(stream.key, None)

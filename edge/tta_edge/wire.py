@@ -109,6 +109,76 @@ class Events(Message, frozen=True, kw_only=True, tag="events"):
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
 
 
+class Score(Message, frozen=True, kw_only=True, tag="score"):
+    """Ask how well a text is predicted."""
+
+    id: RequestId
+    bundle: OptionalName = ""
+    session: OptionalName = ""
+    """Whose theta and live context come before it; empty: the source's, without any context."""
+    text: TensorInfo
+    """[bytes] uint8, UTF-8."""
+    context: TensorInfo | None = None
+    """[bytes] uint8, UTF-8: seen before the text, not scored."""
+
+
+class Generate(Message, frozen=True, kw_only=True, tag="generate"):
+    """Ask for the text that follows a prompt; it comes in `generated` messages, then `generate-done`."""
+
+    id: RequestId
+    bundle: OptionalName = ""
+    session: OptionalName = ""
+    """As in `score`."""
+    prompt: TensorInfo
+    """[bytes] uint8, UTF-8; may be empty where something comes before it."""
+    max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    """0 takes the most probable token."""
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    """Only the so many most probable tokens; 0: all."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Only the most probable tokens that together have this probability."""
+    seed: Annotated[int, Meta(ge=0, le=2**53 - 1)] = 0
+    absorb: bool = False
+    """Let the session absorb the prompt and what followed, at the end."""
+
+
+class Absorb(Message, frozen=True, kw_only=True, tag="absorb"):
+    """Have a session take a text in; the session begins with it."""
+
+    id: RequestId
+    bundle: OptionalName = ""
+    session: StreamId
+    text: TensorInfo
+    """[bytes] uint8, UTF-8."""
+
+
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """Stop a `score`, `generate` or `absorb` of the same client; it is answered with the error `cancelled`."""
+
+    id: RequestId
+    request: RequestId
+    """The id of that request."""
+
+
+class Export(Message, frozen=True, kw_only=True, tag="export"):
+    """Ask for a session as a file."""
+
+    id: RequestId
+    bundle: OptionalName = ""
+    session: StreamId
+
+
+class Import(Message, frozen=True, kw_only=True, tag="import"):
+    """Begin a session with what another one was exported as."""
+
+    id: RequestId
+    bundle: OptionalName = ""
+    session: StreamId
+    data: TensorInfo
+    """[bytes] uint8, a state file."""
+
+
 class Prediction(Message, frozen=True, kw_only=True, tag="prediction"):
     """Answer to `predict`."""
 
@@ -151,6 +221,22 @@ class ServerLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Below it a batch is answered but not adapted on."""
 
 
+class TextInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a language model takes."""
+
+    tokenizer: str
+    """`bytes`, or the name of the bundle's file."""
+    tokenizer_digest: str
+    chunk: int
+    """Tokens that are absorbed at once."""
+    context: int
+    """Most tokens that it sees at once, those before a text included."""
+    begins: bool
+    """Whether a token stands before every text, so that the first one is scored as well."""
+    max_text_bytes: int
+    """Most bytes of one text."""
+
+
 class InfoReply(Message, frozen=True, kw_only=True, tag="info-reply"):
     """Answer to `info`."""
 
@@ -167,6 +253,8 @@ class InfoReply(Message, frozen=True, kw_only=True, tag="info-reply"):
     classes: int
     class_names: list[str] | None = None
     limits: ServerLimits
+    text: TextInfo | None = None
+    """Of a bundle of the task `text`."""
 
 
 class BundleStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -186,6 +274,7 @@ class BundleStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the base on probation; empty: none."""
     fallbacks: list[str] = []
     """Graphs that do not run where `auto` would have them, each with the reason."""
+    task: Literal["classification", "text"] = "classification"
 
 
 AutoMode = Literal["awake", "resting", "source"]
@@ -240,6 +329,26 @@ class StreamStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Reason code -> how often."""
     auto: AutoStatus | None = None
     """Of a stream whose method is auto."""
+
+
+class SessionStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One session's figures."""
+
+    id: str
+    bundle: str
+    method: str
+    absorbed: int
+    """Tokens."""
+    pending: int
+    """Of them, those that wait for a chunk to fill."""
+    chunks: int
+    theta_digest: str
+    restored: str
+    """What it started from: `source`, `import`, or the slot file it was restored from."""
+    durable: bool
+    """Whether a restart finds it as it is."""
+    bytes: int
+    """Memory that is set apart for it."""
 
 
 class Requests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -304,6 +413,12 @@ class StatusReply(Message, frozen=True, kw_only=True, tag="status-reply"):
     """Why the last write to the state directory failed; empty when it succeeded."""
     cloud: CloudInfo | None = None
     """None in the modes without a cloud."""
+    sessions: list[SessionStatus] = msgspec.field(default_factory=list)
+    """Of language models, those in memory, the most recently used last."""
+    stored_sessions: int = 0
+    """On disk only."""
+    text_bytes: int = 0
+    """Memory set apart for sessions and for texts under way."""
 
 
 class ResetDone(Message, frozen=True, kw_only=True, tag="reset-done"):
@@ -374,6 +489,100 @@ class EventsReply(Message, frozen=True, kw_only=True, tag="events-reply"):
     events: list[EventEntry]
 
 
+class ScoreDone(Message, frozen=True, kw_only=True, tag="score-done"):
+    """Answer to `score`."""
+
+    id: RequestId
+    bits: float
+    """-log2 p of all scored tokens together."""
+    bytes: int
+    """Of the text, those that the scored tokens stand for."""
+    skipped: int
+    """Tokens at the beginning that were not scored, because nothing comes before them: 0 or 1."""
+    before: int
+    """Tokens that were seen before the text."""
+    compute_ms: float
+    nats: TensorInfo
+    """[scored tokens] float32: -ln p of each."""
+
+
+class Generated(Message, frozen=True, kw_only=True, tag="generated"):
+    """A part of the answer to `generate`; more follow, then `generate-done`."""
+
+    id: RequestId
+    start: int
+    """UTF-8 bytes of the parts before it."""
+    tokens: int
+    """So far."""
+    text: str
+
+
+class GenerateDone(Message, frozen=True, kw_only=True, tag="generate-done"):
+    """The end of the answer to `generate`."""
+
+    id: RequestId
+    reason: Literal["end", "max-tokens", "context"]
+    """The model's end token, as many tokens as were asked for, or no more room in the context."""
+    tokens: int
+    """That were generated."""
+    prompt_tokens: int
+    compute_ms: float
+    absorbed: bool = False
+    durable: bool = False
+    """Where it was absorbed: whether a restart finds that."""
+    text: TensorInfo
+    """[bytes] uint8, UTF-8: all of it, for whoever has missed a part."""
+
+
+class AbsorbDone(Message, frozen=True, kw_only=True, tag="absorb-done"):
+    """Answer to `absorb`."""
+
+    id: RequestId
+    session: str
+    tokens: int
+    """Of this text."""
+    absorbed: int
+    """By the session so far."""
+    pending: int
+    """Of them, those that wait for a chunk to fill."""
+    chunks: int
+    theta_digest: str
+    report: dict[str, float]
+    """The mapper's named numbers of the last chunk."""
+    durable: bool
+    """Whether a restart finds it: there is a state directory and it was written."""
+    compute_ms: float
+
+
+class CancelDone(Message, frozen=True, kw_only=True, tag="cancel-done"):
+    """Answer to `cancel`."""
+
+    id: RequestId
+    found: bool
+    """Whether that request was under way."""
+
+
+class ExportDone(Message, frozen=True, kw_only=True, tag="export-done"):
+    """Answer to `export`."""
+
+    id: RequestId
+    session: str
+    absorbed: int
+    theta_digest: str
+    data: TensorInfo
+    """[bytes] uint8, a state file (see bundle.md)."""
+
+
+class ImportDone(Message, frozen=True, kw_only=True, tag="import-done"):
+    """Answer to `import`."""
+
+    id: RequestId
+    session: str
+    absorbed: int
+    theta_digest: str
+    durable: bool
+
+
 class ErrorReply(Message, frozen=True, kw_only=True, tag="error"):
     """Answer to anything that was refused. Nothing has changed in the daemon."""
 
@@ -385,7 +594,12 @@ class ErrorReply(Message, frozen=True, kw_only=True, tag="error"):
     retry_after_s: float | None = None
 
 
-Request = Predict | Info | Status | Reset | Rollback | Adapt | Reload | Events
+TextRequest = Score | Generate | Absorb | Export | Import
+"""What uses a language model."""
+Request = (
+    Predict | Info | Status | Reset | Rollback | Adapt | Reload | Events | Cancel
+    | Score | Generate | Absorb | Export | Import
+)  # fmt: skip
 Reply = (
     Prediction
     | InfoReply
@@ -395,8 +609,17 @@ Reply = (
     | AdaptDone
     | ReloadDone
     | EventsReply
+    | ScoreDone
+    | GenerateDone
+    | AbsorbDone
+    | CancelDone
+    | ExportDone
+    | ImportDone
+    | Generated
     | ErrorReply
 )
+PARTS = (Generated,)
+"""Replies after which the request is still open."""
 REQUESTS = by_tag(get_args(Request))
 REPLIES = by_tag(get_args(Reply))
 _CODEC = Codec(

@@ -142,3 +142,21 @@ def adapter_settings(entries: list[str]) -> dict[str, str | float | bool]:
             raise OptionError(f"--adapter-set {entry!r}", "Write OPTION=VALUE, e.g. rank=8")
         settings[option] = value
     return settings
+
+
+def numbers_by_name(entries: list[str]) -> dict[str, float]:
+    """OPTION=NUMBER, by option.
+
+    Raises:
+        OptionError: an entry of another form.
+    """
+    found: dict[str, float] = {}
+    for entry in entries:
+        option, _, value = entry.partition("=")
+        try:
+            found[option] = float(value)
+        except ValueError:
+            option = ""
+        if not option:
+            raise OptionError(f"--set {entry!r}", "Write OPTION=NUMBER, e.g. rank=8")
+    return found

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,19 +23,18 @@ from tta_adapters.network import NetworkAdapter, TensorsDoNotFit
 from tta_adapters.options import OptionValue, UnknownOptionError
 from tta_adapters.select import SelectionError
 from tta_adapters.shelf import UnknownAdapterError, make_adapter
-from tta_exporters.emit import emit
 from tta_exporters.errors import (
     NetworkRefused,
     OptionError,
-    OutputExists,
-    OutputUnwritable,
     WeightsDoNotFit,
     in_one_line,
 )
+from tta_exporters.graphs import write_graph
 from tta_exporters.preprocess import Preprocess
 from tta_exporters.sources import load_attribute
+from tta_exporters.staging import check_free, staged
 from tta_exporters.tensorrt import build_plan, load_builder, rewrite
-from tta_exporters.trace import EXAMPLE_BATCH, Argument, trace
+from tta_exporters.trace import BATCH, EXAMPLE_BATCH, Argument
 from tta_exporters.weights import WeightsWriter
 from tta_runtime import __version__, bundle, manifest
 from tta_runtime.plan_build import Capability
@@ -282,30 +278,12 @@ def build(network: nn.Module, options: BuildOptions, out: Path, *, progress: Pro
         NetworkRefused, OptionError, TraceFailed, OperatorNotSupported: see each.
         ExtraMissing, CheckFailed: TensorRT's builder is wanted and not installed, or refuses a graph.
     """
-    target = out.resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputExists(f"{out} exists and is not empty", "Remove it or choose another -o")
+    check_free(out)
     if options.tensorrt:
         load_builder()  # before minutes of tracing
     adapter, methods = prepare(network, options)
-    missing = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise OutputUnwritable(f"{out} cannot be made: {error.strerror}", "Choose another -o") from error
-    try:
+    with staged(out) as work:
         sealed = _write(adapter, methods, options, work, progress)
-        work.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        work.rename(target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        for parent in missing:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
     return Built(out, sealed, adapter, methods, options)
 
 
@@ -471,12 +449,21 @@ def _forward_graph(
         return out.logits, out.features
 
     arguments = [
-        Argument("x", options.input.example(EXAMPLE_BATCH), dynamic=True),
-        Argument("theta", adapter.source_theta(), dynamic=False),
+        Argument("x", options.input.example(EXAMPLE_BATCH), BATCH),
+        Argument("theta", adapter.source_theta()),
     ]
     binds = [("batch", "x"), ("theta", ""), ("logits", ""), ("features", "")]
-    names = ["logits", "features"]
-    compiled = _compile(manifest.FORWARD, "serve", forward, arguments, names, binds, adapter, work, weights)
+    compiled = write_graph(
+        manifest.FORWARD,
+        "serve",
+        forward,
+        arguments,
+        ["logits", "features"],
+        binds,
+        adapter.module,
+        work,
+        weights,
+    )
     return _with_tensorrt(compiled, work) if options.tensorrt else compiled
 
 
@@ -527,14 +514,14 @@ def _step_graph(
         )
         return (out.logits, out.theta, *(out.state[key] for key in state), out.report)
 
-    compiled = _compile(
+    compiled = write_graph(
         f"step.{name}",
         "step",
         step,
-        [Argument(entry, example, dynamic) for entry, _, _, example, dynamic in inputs],
+        [Argument(entry, example, BATCH if dynamic else {}) for entry, _, _, example, dynamic in inputs],
         [entry for entry, _, _ in outputs],
         [*((bind, key) for _, bind, key, _, _ in inputs), *((bind, key) for _, bind, key in outputs)],
-        adapter,
+        adapter.module,
         work,
         weights,
     )
@@ -548,45 +535,3 @@ def _with_tensorrt(graph: manifest.Graph, work: Path) -> manifest.Graph:
     rewrite(model)
     ir.save(model, work / file)
     return msgspec.structs.replace(graph, tensorrt=file)
-
-
-def _compile(
-    key: str,
-    role: str,
-    function: Callable[..., tuple[Tensor, ...]],
-    arguments: Sequence[Argument],
-    outputs: Sequence[str],
-    binds: Sequence[tuple[str, str]],
-    adapter: NetworkAdapter,
-    work: Path,
-    weights: WeightsWriter,
-) -> manifest.Graph:
-    """Traces, lowers and writes one graph; ``binds`` are (bind, key) of the inputs, then of the outputs."""
-    model = emit(trace(function, arguments, adapter.module), arguments, outputs, adapter.module)
-    weights.externalise(model)
-    file = f"{key}.onnx"
-    ir.save(model, work / file)
-    values = [*model.graph.inputs, *model.graph.outputs]
-    bound = dict(zip([*(argument.name for argument in arguments), *outputs], binds, strict=True))
-    ports = [_port(value, *bound[str(value.name)]) for value in values]
-    count = len(model.graph.inputs)
-    return manifest.Graph(file=file, role=role, inputs=ports[:count], outputs=ports[count:])
-
-
-_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.UINT8: "uint8", ir.DataType.INT64: "int64"}
-
-
-def _port(value: ir.Value, bind: str, key: str) -> manifest.Port:
-    shape = value.shape
-    if shape is None or value.dtype not in _DTYPES:
-        raise NetworkRefused(
-            f"graph value {value.name} has dtype {value.dtype} and shape {shape}",
-            "Report this, with the network",
-        )
-    return manifest.Port(
-        name=str(value.name),
-        dtype=_DTYPES[value.dtype],
-        shape=[axis if isinstance(axis, int) else "batch" for axis in shape],
-        bind=bind,
-        key=key,
-    )

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from tta_exporters import arguments
 from tta_exporters.commands_attack import attack
+from tta_exporters.commands_text import build_text, train_stream
 from tta_exporters.commands_warm_up import warm_up
 from tta_runtime.errors import TtaError
 
@@ -269,6 +270,8 @@ def info(
 
 app.command("warm-up", epilog=EPILOG)(warm_up)
 app.command(epilog=EPILOG)(attack)
+app.command("train-stream", epilog=EPILOG)(train_stream)
+app.command("build-text", epilog=EPILOG)(build_text)
 
 
 def _write(path: Path, text: str) -> None:

@@ -48,14 +48,18 @@ def emit(
     drop_noops(graph_module)
     fold_constants(graph_module)
     graph_module.eval()
-    batch = torch.export.Dim("batch", min=1, max=65536)
+    names = {name for argument in arguments for name in argument.axes.values()}
+    sizes = {name: torch.export.Dim(name, min=1, max=65536) for name in names}
     try:
         with _quiet():
             program = torch.onnx.export(
                 graph_module,
                 tuple(argument.example for argument in arguments),
                 dynamo=True,
-                dynamic_shapes=tuple({0: batch} if argument.dynamic else None for argument in arguments),
+                dynamic_shapes=tuple(
+                    {axis: sizes[name] for axis, name in argument.axes.items()} or None
+                    for argument in arguments
+                ),
                 input_names=[argument.name for argument in arguments],
                 output_names=list(outputs),
                 opset_version=OPSET,

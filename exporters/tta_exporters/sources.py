@@ -239,7 +239,19 @@ class _LogitsOnly(nn.Module):
         return self.network(pixel_values=x).logits  # type: ignore[no-any-return]
 
 
-def _from_hf(directory: str) -> nn.Module:
+def pretrained(directory: str, auto: str, kind: str) -> nn.Module:
+    """What `transformers` makes of a directory, in float32.
+
+    Args:
+        directory: written by ``save_pretrained``.
+        auto: the class of `transformers` that loads it.
+        kind: what it loads, for messages.
+
+    Raises:
+        ExtraMissing: transformers is not installed.
+        SourceError: the directory holds no such model.
+        WeightsDoNotFit: weights are missing or of another shape.
+    """
     if not (Path(directory) / "config.json").is_file():
         raise SourceError(f"{directory} holds no config.json", "Name a directory saved by save_pretrained")
     with contextlib.suppress(ExtraMissing):
@@ -250,7 +262,7 @@ def _from_hf(directory: str) -> nn.Module:
     except ImportError as error:
         raise ExtraMissing("transformers is not installed", "Run `pip install transformers`") from error
     try:
-        network, found = transformers.AutoModelForImageClassification.from_pretrained(
+        network, found = getattr(transformers, auto).from_pretrained(
             directory,
             local_files_only=True,
             use_safetensors=True,
@@ -261,7 +273,7 @@ def _from_hf(directory: str) -> nn.Module:
     except Exception as error:
         # Damaged files reach us as whatever the library, safetensors or json raise.
         raise SourceError(
-            f"{directory} is no image classifier transformers can load: {in_one_line(error)}",
+            f"{directory} is no {kind} transformers can load: {in_one_line(error)}",
             "Check its config.json and model.safetensors",
         ) from error
     # transformers only warns about weights that it did not find, and makes random ones.
@@ -270,9 +282,13 @@ def _from_hf(directory: str) -> nn.Module:
         raise WeightsDoNotFit(
             f"the weights in {directory} do not fit its config.json: {len(missing)} missing {missing[:3]}, "
             f"{len(differing)} of another shape {differing[:3]}",
-            "Save the classifier itself, not only its backbone",
+            f"Save the {kind} itself, not only its backbone",
         )
-    return _LogitsOnly(network.float())
+    return cast("nn.Module", network.float())
+
+
+def _from_hf(directory: str) -> nn.Module:
+    return _LogitsOnly(pretrained(directory, "AutoModelForImageClassification", "image classifier"))
 
 
 _LIBRARIES: Mapping[str, Callable[[str], nn.Module]] = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from tta_exporters.errors import OperatorNotSupported, TraceFailed
 from tta_exporters.lower import decompositions
 from tta_exporters.operators import translations
 
+BATCH: Mapping[int, str] = {0: "batch"}
+"""The symbolic axes of an input whose first axis is the batch."""
 EXAMPLE_BATCH = 5
 """Batch size of the example inputs; not 1 (torch would specialise on it) and no common number of channels."""
 
@@ -30,18 +32,18 @@ class Argument:
     Attributes:
         name: its name in the ONNX graph.
         example: a tensor of its dtype and shape.
-        dynamic: whether axis 0 is the batch and stays symbolic.
+        axes: those that stay symbolic, with their names; axes of one name are equally long.
     """
 
     name: str
     example: Tensor
-    dynamic: bool
+    axes: Mapping[int, str] = field(default_factory=dict)
 
 
 def trace(
     function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Argument], network: nn.Module
 ) -> fx.GraphModule:
-    """Traces ``function`` with a symbolic batch into core-ATen operators our lowering and ONNX have words for.
+    """Traces ``function`` with symbolic axes into core-ATen operators our lowering and ONNX have words for.
 
     Args:
         function: takes the arguments in order, returns a flat tuple of tensors. It may call torch.autograd.grad.
@@ -59,7 +61,7 @@ def trace(
             argument.example,
             symbolic_context=StatelessSymbolicContext(
                 dynamic_sizes=[
-                    DimDynamic.DYNAMIC if argument.dynamic and axis == 0 else DimDynamic.STATIC
+                    DimDynamic.DYNAMIC if axis in argument.axes else DimDynamic.STATIC
                     for axis in range(argument.example.dim())
                 ]
             ),
@@ -116,10 +118,10 @@ def _functional(operator: torch._ops.OpOverload) -> torch._ops.OpOverload:
 
 
 def _check_batch_is_free(shapes: ShapeEnv) -> None:
-    """Refuses a graph that torch silently specialised to the example's batch size."""
-    pinned = [str(symbol) for symbol, value in shapes.replacements.items() if value.is_number]
+    """Refuses a graph that torch silently specialised to the example's sizes."""
+    pinned = [str(value) for value in shapes.replacements.values() if value.is_number]
     if pinned:
-        raise TraceFailed("", f"the batch size was fixed to {EXAMPLE_BATCH} by an operation of the model")
+        raise TraceFailed("", f"the batch size was fixed to {pinned[0]} by an operation of the model")
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,10 +33,13 @@ from .manifest import (
     MethodSpec,
     Port,
     StateSpec,
+    TextSpec,
     ThetaEntry,
     ThetaLayout,
 )
 from .model import Checkpoint, Engines, Model, Prediction, Step
+from .sampling import Sampling
+from .text_model import TextModel, TextSession
 
 try:
     __version__ = metadata.version("tta-runtime")
@@ -66,9 +69,13 @@ __all__ = [
     "OrtEngine",
     "Port",
     "Prediction",
+    "Sampling",
     "StateError",
     "StateSpec",
     "Step",
+    "TextModel",
+    "TextSession",
+    "TextSpec",
     "ThetaEntry",
     "ThetaError",
     "ThetaLayout",

@@ -113,6 +113,14 @@ class Bundle:
             )
         return self.path / name
 
+    def content(self, name: str) -> bytes:
+        """The bytes of a small listed file, hashed as they are read (B16).
+
+        Raises:
+            BundleError: it cannot be read, or is no longer what the manifest lists.
+        """
+        return _read_listed(self.path, name, self.manifest.files[name])
+
 
 # ------------------------------------------------------------------------------------------ reading
 

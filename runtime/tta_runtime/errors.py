@@ -148,6 +148,12 @@ class FileTampered(BundleError):
     code = "file-tampered"
 
 
+class TokenizerRefused(BundleError):
+    """The tokenizer file cannot be read, or has tokens that the model does not know (B19)."""
+
+    code = "tokenizer-refused"
+
+
 class FileUnreadable(BundleError):
     """The operating system refuses to read a listed file."""
 
@@ -233,6 +239,12 @@ class PlanRefused(EngineFailed):
     """TensorRT refuses to parse or build a graph, or to load its plan."""
 
     code = "plan-refused"
+
+
+class NonFiniteLogits(EngineError):
+    """A language model answered with NaN or Inf."""
+
+    code = "non-finite-output"
 
 
 # ---------------------------------------------------------------------------------------------- input
@@ -358,6 +370,36 @@ class JpegWrongMode(JpegRefused):
     code = "jpeg-wrong-mode"
 
 
+class InvalidUtf8(InputError):
+    """The text is not UTF-8."""
+
+    code = "invalid-utf-8"
+
+
+class EmptyText(InputError):
+    """There is no token to score, to absorb or to go on from."""
+
+    code = "empty-text"
+
+
+class ContextTooLong(InputError):
+    """The text, with what stands before it, is longer than the model can see at once."""
+
+    code = "context-too-long"
+
+
+class UnknownToken(InputError):
+    """A token is outside of the vocabulary."""
+
+    code = "unknown-token"
+
+
+class BadSampling(InputError):
+    """A sampling parameter is out of its range."""
+
+    code = "bad-sampling"
+
+
 # ------------------------------------------------------------------------------------------ theta and state
 
 
@@ -433,6 +475,12 @@ class StateOfOtherBundle(StateError):
     code = "state-of-other-bundle"
 
 
+class StateOfOtherTokenizer(StateError):
+    """The session was saved with another tokenizer."""
+
+    code = "state-of-other-tokenizer"
+
+
 class StateMismatch(StateError):
     """The state was saved for another method, or its arrays do not fit this one."""
 
@@ -455,9 +503,15 @@ class StateUnwritable(StateError):
 
 
 class MethodError(TtaError):
-    """A method or one of its hyper-parameters is unknown, or the method is none for this purpose."""
+    """A method or one of its hyper-parameters is unknown, or method or bundle are none for this purpose."""
 
     code = "method"
+
+
+class WrongTask(MethodError):
+    """The bundle is for images where one for text is needed, or the other way round."""
+
+    code = "wrong-task"
 
 
 class UnknownMethod(MethodError):
@@ -476,6 +530,12 @@ class MethodNeedsTeacher(MethodError):
     """The method learns from a teacher's logits where there is no teacher."""
 
     code = "method-needs-teacher"
+
+
+class AbsorbUnsupported(MethodError):
+    """The method only serves: it turns no text into theta."""
+
+    code = "absorb-unsupported"
 
 
 class ConfigError(TtaError):

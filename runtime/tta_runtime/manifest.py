@@ -37,14 +37,31 @@ class InputSpec(Struct, frozen=True, kw_only=True):
 
     name: str = "x"
     dtype: str
-    """"float32" or "uint8"."""
+    """"float32" or "uint8"; "int64" for text."""
     shape: list[Count | str]
-    """The first is "batch"; a string elsewhere is a free dimension."""
+    """The first is "batch"; a string elsewhere is a free dimension. Text: [1, "tokens"]."""
     low: float
     high: float
     """Range of the values the model was trained on, e.g. 0..255. A value outside it is not an error."""
     layout: str = "NCHW"
-    """"NCHW" or "flat"."""
+    """"NCHW" or "flat"; "tokens" for text."""
+
+
+class TextSpec(Struct, frozen=True, kw_only=True):
+    """What a causal language model needs beside its input and its `classes`, the vocabulary."""
+
+    tokenizer: str = "bytes"
+    """"bytes" (a token is a byte), or the name of a `tokenizers` file of the bundle."""
+    chunk: Count
+    """Tokens that are absorbed at once."""
+    context: Count
+    """Most tokens that a pass sees, those of the cache included."""
+    begin: Count | None = None
+    """The token that stands before a text, in passes and in chunks; the absorb graph puts it there by itself."""
+    end: Count | None = None
+    """The token that ends what is generated."""
+    cache: list[Count]
+    """[layers, 2, kv_heads, head_width] of the cache of one text."""
 
 
 class ThetaEntry(Struct, frozen=True, kw_only=True):
@@ -78,7 +95,8 @@ class Port(Struct, frozen=True, kw_only=True):
     dtype: str
     shape: list[Count | str]
     bind: str
-    """Inputs: batch, theta, state, anchor, hyper, rand. Outputs: logits, features, theta, state, report."""
+    """Inputs: batch, theta, state, anchor, hyper, rand, cache. Outputs: logits, features, theta, state, report,
+    cache."""
     key: str = ""
     """For batch: "x", "weight" or "target"; for state and anchor: the array's name."""
 
@@ -120,7 +138,7 @@ class MethodSpec(Struct, frozen=True, kw_only=True):
 
     doc: str
     step: str | None
-    """Key of the step graph; None: the method only serves."""
+    """Key of the step graph, or for text of the absorb graph; None: the method only serves."""
     serve: str = FORWARD
     serve_vector: str = "theta"
     """"theta" or "state:NAME"."""
@@ -167,9 +185,13 @@ class Manifest(Struct, frozen=True, kw_only=True):
     format_version: Count = FORMAT_VERSION
     model_id: str
     task: str = "classification"
+    """"classification" or "text"."""
     input: InputSpec
     classes: Count
+    """Length of the logits; for text the vocabulary."""
     class_names: list[str] | None = None
+    text: TextSpec | None = None
+    """Of the task "text"."""
     adapter: str
     theta: ThetaLayout
     graphs: dict[str, Graph]
@@ -200,6 +222,7 @@ class _Header(msgspec.Struct, frozen=True):
 
 _STRUCTS = (
     InputSpec,
+    TextSpec,
     ThetaEntry,
     ThetaLayout,
     Port,

@@ -1,4 +1,4 @@
-"""Whether the parts of a manifest agree: clauses B6 to B9 of docs/spec/bundle.md, without any I/O."""
+"""Whether the parts of a manifest agree: clauses B6 to B9, B17 and B18 of docs/spec/bundle.md, without any I/O."""
 
 from __future__ import annotations
 
@@ -12,23 +12,41 @@ from .errors import (
     LayoutMalformed,
     ManifestInconsistent,
     PathEscapes,
+    WrongTask,
     did_you_mean,
 )
-from .manifest import ANCHOR, FORWARD, MANIFEST, THETA, Graph, Manifest, MethodSpec, Port
+from .manifest import (
+    ANCHOR,
+    FORWARD,
+    MANIFEST,
+    THETA,
+    Graph,
+    InputSpec,
+    Manifest,
+    MethodSpec,
+    Port,
+    TextSpec,
+)
 from .tensors import DTYPES
 
 REBUILD = "Build the bundle again"
 ROLES = ("serve", "step", "probe", "absorb")
-INPUT_BINDS = ("batch", "theta", "state", "anchor", "hyper", "rand")
-OUTPUT_BINDS = ("logits", "features", "theta", "state", "report")
+INPUT_BINDS = ("batch", "theta", "state", "anchor", "hyper", "rand", "cache")
+OUTPUT_BINDS = ("logits", "features", "theta", "state", "report", "cache")
+TASKS = ("classification", "text")
 
 MAX_ELEMENTS = 1 << 40
 """Bound for any product of dimensions, so that sizes computed from a manifest stay ordinary numbers."""
 MAX_WINDOW = 4096
 MAX_RAND = 1 << 24
 MAX_PASSES = 1e6
+MAX_CHUNK = 1 << 16
+"""The tokens that wait for a chunk stand in the notes of a state file."""
 MAX_HYPER = 3e38
 """A larger number is not a float32."""
+
+BYTES = "bytes"
+"""The tokenizer that needs no file."""
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
@@ -47,10 +65,38 @@ def check(manifest: Manifest) -> None:
     _check_files(manifest)
     _check_layout(manifest)
     _check_head(manifest)
+    _check_text(manifest)
     for key, graph in manifest.graphs.items():
         _check_graph(manifest, key, graph)
     for name, method in manifest.methods.items():
         _check_method(manifest, name, method)
+
+
+def expect_task(manifest: Manifest, task: str) -> None:
+    """Whether a bundle is for a task.
+
+    Raises:
+        WrongTask: it is for another one.
+    """
+    if manifest.task != task:
+        raise WrongTask(
+            f"bundle `{manifest.model_id}` is for the task `{manifest.task}`, `{task}` was asked for",
+            "Use tta_runtime.TextModel, or the requests score, generate and absorb (tta-edge text)"
+            if manifest.text is not None
+            else "Use tta_runtime.Model, or the request predict",
+        )
+
+
+def expect_text(manifest: Manifest) -> TextSpec:
+    """What a bundle says of its texts.
+
+    Raises:
+        WrongTask: it is for another task.
+    """
+    expect_task(manifest, "text")
+    if manifest.text is None:  # B17 has excluded it where the bundle was opened
+        raise WrongTask(f"bundle `{manifest.model_id}` does not describe its texts", REBUILD)
+    return manifest.text
 
 
 # ------------------------------------------------------------------------------------------ B6: file names
@@ -70,7 +116,9 @@ def _check_files(manifest: Manifest) -> None:
         )
     graphs = manifest.graphs.values()
     plain = [graph.file for graph in graphs]
-    for name in (THETA, ANCHOR, *plain, *(graph.tensorrt for graph in graphs if graph.tensorrt is not None)):
+    tensorrt = [graph.tensorrt for graph in graphs if graph.tensorrt is not None]
+    tokenizer = [] if manifest.text is None or manifest.text.tokenizer == BYTES else [manifest.text.tokenizer]
+    for name in (THETA, ANCHOR, *plain, *tensorrt, *tokenizer):
         _need(name in manifest.files, ManifestInconsistent, f"`{name}` is used but not listed in files")
 
 
@@ -121,11 +169,11 @@ def _check_layout(manifest: Manifest) -> None:
 
 
 def _check_head(manifest: Manifest) -> None:
-    task, shape, classes = manifest.task, manifest.input.shape, manifest.classes
+    task, classes = manifest.task, manifest.classes
     _need(
-        task == "classification",
+        task in TASKS,
         ManifestInconsistent,
-        f"task is `{task}`, this version knows `classification`",
+        f"task is `{task}`, this version knows {' and '.join(TASKS)}",
     )
     _need(bool(manifest.model_id), ManifestInconsistent, "model_id is empty")
     _need(bool(manifest.adapter), ManifestInconsistent, "adapter is empty")
@@ -138,27 +186,12 @@ def _check_head(manifest: Manifest) -> None:
     )
     spec = manifest.input
     _need(
-        spec.dtype in ("float32", "uint8"),
-        ManifestInconsistent,
-        f"input.dtype is `{spec.dtype}`, expected float32 or uint8",
-    )
-    _need(
-        spec.layout in ("NCHW", "flat"),
-        ManifestInconsistent,
-        f"input.layout is `{spec.layout}`, expected NCHW or flat",
-    )
-    _need(
         spec.low < spec.high,
         ManifestInconsistent,
         f"input.low {spec.low} is not below input.high {spec.high}",
     )
-    rank = 4 if spec.layout == "NCHW" else 2
-    _need(
-        len(shape) == rank and shape[0] == "batch" and "batch" not in shape[1:],
-        ManifestInconsistent,
-        f'input.shape is {shape}, expected {rank} dimensions with "batch" first',
-    )
-    _size([n for n in shape if isinstance(n, int)], ManifestInconsistent, "input.shape")
+    if task == "classification":
+        _check_images(spec)
     forward = manifest.graphs.get(FORWARD)
     _need(
         forward is not None and forward.role == "serve",
@@ -170,6 +203,64 @@ def _check_head(manifest: Manifest) -> None:
         ManifestInconsistent,
         f"default_method `{manifest.default_method}` is not a method"
         + did_you_mean(manifest.default_method, manifest.methods),
+    )
+
+
+def _check_images(spec: InputSpec) -> None:
+    shape = spec.shape
+    _need(
+        spec.dtype in ("float32", "uint8"),
+        ManifestInconsistent,
+        f"input.dtype is `{spec.dtype}`, expected float32 or uint8",
+    )
+    _need(
+        spec.layout in ("NCHW", "flat"),
+        ManifestInconsistent,
+        f"input.layout is `{spec.layout}`, expected NCHW or flat",
+    )
+    rank = 4 if spec.layout == "NCHW" else 2
+    _need(
+        len(shape) == rank and shape[0] == "batch" and "batch" not in shape[1:],
+        ManifestInconsistent,
+        f'input.shape is {shape}, expected {rank} dimensions with "batch" first',
+    )
+    _size([n for n in shape if isinstance(n, int)], ManifestInconsistent, "input.shape")
+
+
+def _check_text(manifest: Manifest) -> None:
+    spec, text, vocabulary = manifest.input, manifest.text, manifest.classes
+    if manifest.task != "text" or text is None:
+        _need(
+            manifest.task != "text" and text is None,
+            ManifestInconsistent,
+            f"task is `{manifest.task}`, and `text` is {'missing' if text is None else 'given'}",
+        )
+        return
+    given = (spec.dtype, spec.shape, spec.layout, spec.low, spec.high)
+    expected = ("int64", [1, "tokens"], "tokens", 0.0, vocabulary - 1.0)
+    _need(given == expected, ManifestInconsistent, f"input of a text is {given}, expected {expected}")
+    _need(
+        1 <= text.chunk < text.context and text.chunk <= MAX_CHUNK,
+        ManifestInconsistent,
+        f"text.chunk is {text.chunk} and text.context {text.context}, expected 1 <= chunk < context and chunk at "
+        f"most {MAX_CHUNK}",
+    )
+    _need(
+        len(text.cache) == 4 and text.cache[1] == 2,
+        ManifestInconsistent,
+        f"text.cache is {text.cache}, expected [layers, 2, kv_heads, head_width]",
+    )
+    _size([*text.cache, text.context], ManifestInconsistent, "text.cache")
+    for name, token in (("begin", text.begin), ("end", text.end)):
+        _need(
+            token is None or token < vocabulary,
+            ManifestInconsistent,
+            f"text.{name} is {token}, the vocabulary has {vocabulary} tokens",
+        )
+    _need(
+        text.tokenizer != BYTES or vocabulary >= 256,
+        ManifestInconsistent,
+        f"tokens are bytes, and the vocabulary has {vocabulary}",
     )
 
 
@@ -234,7 +325,8 @@ def _check_method(manifest: Manifest, name: str, method: MethodSpec) -> None:
         f"{where}: serve_vector is `{method.serve_vector}`, expected theta or state:NAME of a float32 "
         f"[{manifest.theta.size}]",
     )
-    for graph_key, role in ((method.serve, "serve"), (method.step, "step")):
+    stepping = "absorb" if manifest.task == "text" else "step"
+    for graph_key, role in ((method.serve, "serve"), (method.step, stepping)):
         if graph_key is None:
             continue
         graph = manifest.graphs.get(graph_key)
@@ -243,7 +335,15 @@ def _check_method(manifest: Manifest, name: str, method: MethodSpec) -> None:
                 f"{where}: there is no {role} graph `{graph_key}`" + did_you_mean(graph_key, manifest.graphs),
                 REBUILD,
             )
-        _check_use(manifest, name, method, graph_key, graph)
+        if manifest.text is None:
+            _check_use(manifest, name, method, graph_key, graph)
+        else:
+            _need(
+                method.serve_vector == "theta",
+                ManifestInconsistent,
+                f"{where}: serve_vector is `{method.serve_vector}`, theta serves a text",
+            )
+            _check_text_use(manifest, manifest.text, name, method, graph_key, graph)
     _need(
         method.window <= MAX_WINDOW,
         ManifestInconsistent,
@@ -291,10 +391,11 @@ def _check_graph(manifest: Manifest, key: str, graph: Graph) -> None:
             )
     if key == FORWARD:
         binds_used = {(p.bind, p.key) for p in graph.inputs}
+        allowed = {("batch", "x"), ("theta", "")} | ({("cache", "")} if manifest.task == "text" else set())
         _need(
-            binds_used <= {("batch", "x"), ("theta", "")},
+            binds_used <= allowed,
             GraphMismatch,
-            f"{where} takes {sorted(b for b, _ in binds_used)}, it must need only x and theta",
+            f"{where} takes {sorted(b for b, _ in binds_used)}, it must need only {_names(allowed)}",
         )
 
 
@@ -347,6 +448,49 @@ def _check_use(manifest: Manifest, name: str, method: MethodSpec, key: str, grap
         GraphMismatch,
         f"{where} returns {_names(outputs)}, expected {_names(needed)}",
     )
+
+
+def _check_text_use(
+    manifest: Manifest, text: TextSpec, name: str, method: MethodSpec, key: str, graph: Graph
+) -> None:
+    """The same for text: a pass takes and gives the cache, an absorb graph makes theta of a chunk and a state."""
+    where = f"graph `{key}` of method `{name}`"
+    size = manifest.theta.size
+    layers, two, heads, width = text.cache
+    states = {("state", s.name): (s.dtype, list[int | str](s.shape)) for s in method.state}
+    inputs: dict[tuple[str, str], tuple[str, list[int | str]]]
+    outputs: dict[tuple[str, str], tuple[str, list[int | str]]]
+    if graph.role == "serve":
+        inputs = {
+            ("batch", "x"): ("int64", [1, "tokens"]),
+            ("theta", ""): ("float32", [size]),
+            ("cache", ""): ("float32", [layers, two, 1, heads, "past", width]),
+        }
+        outputs = {
+            ("logits", ""): ("float32", [1, "tokens", manifest.classes]),
+            ("cache", ""): ("float32", [layers, two, 1, heads, "total", width]),
+        }
+    else:
+        inputs = {("batch", "x"): ("int64", [1, text.chunk]), **states}
+        outputs = {
+            ("theta", ""): ("float32", [size]),
+            **states,
+            ("report", ""): ("float32", [len(method.report)]),
+        }
+    for side, ports, expected in (("takes", graph.inputs, inputs), ("returns", graph.outputs, outputs)):
+        found = {(p.bind, p.key): p for p in ports}
+        _need(
+            found.keys() == expected.keys(),
+            GraphMismatch,
+            f"{where} {side} {_names(found)}, expected {_names(expected)}",
+        )
+        for bound, (dtype, shape) in expected.items():
+            port = found[bound]
+            _need(
+                port.dtype == dtype and _fits(port, shape),
+                GraphMismatch,
+                f"{where}: `{port.name}` is {port.dtype} {port.shape}, expected {dtype} {shape}",
+            )
 
 
 def _fits(port: Port, shape: list[int | str]) -> bool:

@@ -45,7 +45,7 @@ from .files import reason
 from .held import Held, HostView, finite, hidden, host, on_host, unfetched, where
 from .inputs import Limits
 from .manifest import FORWARD, Manifest, MethodSpec, Port
-from .manifest_check import MAX_HYPER
+from .manifest_check import MAX_HYPER, expect_task
 from .numerics import uniforms
 
 _log = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ class Engines:
         options: EngineOptions | None = None,
         step_options: EngineOptions | None = None,
         loader: Loader = OrtEngine,
+        task: str = "classification",
     ) -> Engines:
         """Load the graphs that the given methods need, each once.
 
@@ -119,19 +120,22 @@ class Engines:
             options: threads, provider, memory.
             step_options: the same for the graphs of steps, which then have threads of their own; None: `options`.
             loader: what makes an engine of a graph.
+            task: what the graphs shall do, "classification" or "text".
 
         Raises:
             BundleError: the bundle is refused.
+            WrongTask: it is for another task.
             UnknownMethod: the bundle has no method of that name.
             EngineError: a graph cannot be loaded here.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
+        expect_task(bundle.manifest, task)
         known = bundle.manifest.methods
         wanted = list(known) if methods is None else list(methods)
         keys = {FORWARD: None}  # a dict keeps the order
         for name in wanted:
-            spec = _method(known, name, known)
+            spec = method_of(known, name, known)
             keys |= {key: None for key in (spec.serve, spec.step) if key is not None}
         options = options or EngineOptions()
         steps = {known[name].step for name in wanted}
@@ -168,6 +172,7 @@ class Model:
         limits: bounds for one batch.
 
     Raises:
+        WrongTask: the bundle is for text.
         UnknownMethod, UnknownHyper: no such name, with the nearest known one.
         BadValue: a hyper value or the seed is out of range.
     """
@@ -182,10 +187,11 @@ class Model:
         limits: Limits | None = None,
     ) -> None:
         bundle = engines.bundle
+        expect_task(bundle.manifest, "classification")
         self.engines = engines
         self.manifest: Manifest = bundle.manifest
         self.method: str = self.manifest.default_method if method is None else method
-        self.spec: MethodSpec = _method(self.manifest.methods, self.method, engines.methods)
+        self.spec: MethodSpec = method_of(self.manifest.methods, self.method, engines.methods)
         self.limits = limits or Limits()
         self.theta0: Vector = bundle.theta0
         self._hyper = _hyper(self.spec, self.method, hyper or {})
@@ -629,7 +635,7 @@ class Model:
 
         outputs = engine.run({port.name: bound(port) for port in engine.spec.inputs})
         for port in engine.spec.outputs:
-            _check_output(port, outputs[port.name], len(x))
+            check_output(port, outputs[port.name], len(x))
         return {(port.bind, port.key): outputs[port.name] for port in engine.spec.outputs}
 
 
@@ -644,7 +650,7 @@ def _view(arrays: dict[str, Held]) -> Mapping[str, NDArray[Any]]:
     return MappingProxyType(here) if len(here) == len(arrays) else HostView(arrays)
 
 
-def _check_output(port: Port, value: Held, batch: int) -> None:
+def check_output(port: Port, value: Held, batch: int) -> None:
     """An open dimension of the file may turn out as anything; here is the last place to notice."""
     want = [batch if n == "batch" else n for n in port.shape]
     if len(want) != len(value.shape) or any(
@@ -655,7 +661,8 @@ def _check_output(port: Port, value: Held, batch: int) -> None:
         )
 
 
-def _method(known: Mapping[str, MethodSpec], name: str, loaded: Collection[str]) -> MethodSpec:
+def method_of(known: Mapping[str, MethodSpec], name: str, loaded: Collection[str]) -> MethodSpec:
+    """The method of a name, whose graphs are loaded; raises UnknownMethod."""
     if name not in known:
         raise UnknownMethod(
             f"unknown method `{name}`" + did_you_mean(name, known), "Choose a method of the bundle"
