@@ -27,6 +27,9 @@ class Members:
         store: that has them.
         promises: that outlive it.
         now_ms: milliseconds since 1970.
+
+    Attributes:
+        unregistered: whether the store may still lack edges that it has lost; `readmit` is to be called again.
     """
 
     def __init__(self, store: Store, promises: Promises, now_ms: Callable[[], int]) -> None:
@@ -34,6 +37,7 @@ class Members:
         self._promises = promises
         self._now_ms = now_ms
         self._edges: dict[str, Edge] = {}
+        self.unregistered = False
 
     # ------------------------------------------------------------------------------------------ looking
 
@@ -117,8 +121,11 @@ class Members:
         """Edges that a damaged store has lost need not enrol again."""
         try:
             count = self._store.call(edges.readmit(self._promises.edges))
-        except StoreError as error:  # a full disk: it is tried again at the next start
-            log.warning("edges are not registered anew: %s", error)
+        except StoreError as error:  # a full disk, or what was handed in when the damage was found
+            if not self.unregistered:
+                log.warning("edges are not registered anew for now: %s", error)
+            self.unregistered = True
             return
+        self.unregistered = False
         if count:
             log.warning("%d edges that the store has lost are registered anew", count)

@@ -299,6 +299,8 @@ class CloudServer:
             self._store.leave(samples.expire(before_ms))
         if now_s >= self._heads_due_s:
             self._heads_due_s = now_s + self._config.head_every_s
+            if self._members.unregistered:
+                self._guarded(self._members.readmit)
             self._guarded(self._notes.take)
             for group in online:
                 self._rollouts.push_head(group)
