@@ -23,9 +23,13 @@ from tta_edge.settings import settings
 X = np.zeros((16, 8), np.float32)
 COMMANDS = [
     "serve", "status", "streams", "top", "adapt", "reset", "rollback", "reload", "events", "enroll", "doctor",
-    "stream", "evaluate", "demo", "config", "spool",
+    "stream", "evaluate", "demo", "config", "spool", "text",
 ]  # fmt: skip
-GROUPS = {"config": ["show", "check"], "spool": ["ls", "rm"]}
+GROUPS = {
+    "config": ["show", "check"],
+    "spool": ["ls", "rm"],
+    "text": ["score", "generate", "absorb", "sessions", "export", "import"],
+}
 """Commands of commands."""
 IN_GROUPS = [f"{group} {name}" for group, names in GROUPS.items() for name in names]
 

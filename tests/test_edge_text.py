@@ -21,13 +21,16 @@ from running import PATIENCE_S, daemon, running
 from serving import Link, until
 from snapshots import files
 from tiny_text import BEGIN, CHUNK, CONTEXT
-from tta_edge import wire
+from tta_edge import hosting, wire
 from tta_edge.client import Client
 from tta_edge.client_async import AsyncClient
-from tta_edge.config import Config
+from tta_edge.config import BundleConfig, Config
 from tta_edge.errors import Cancelled, SessionExists, TooManySessions, UnknownSession
 from tta_edge.hosting import pass_bytes
 from tta_edge.metrics import METRICS
+from tta_edge.saver import Saver
+from tta_edge.sessions import AllInUse, Sessions
+from tta_edge.store import StateStore
 from tta_runtime import EngineOptions, TextModel, errors
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again and again."
@@ -275,8 +278,8 @@ def raw(endpoint, message, tensors):
 def test_images_and_text_in_one_daemon(bundle, tmp_path, model):
     tiny_bundle.build(tmp_path / "images")
     x, _ = tiny_bundle.samples(16)
-    both = {"lm": {"path": str(bundle)}}
-    with running(tmp_path / "images", bundles=_bundles(both)) as server, Client(server.endpoint) as client:
+    both = {"lm": BundleConfig(path=str(bundle))}
+    with running(tmp_path / "images", bundles=both) as server, Client(server.endpoint) as client:
         assert client.predict(x).adapted
         with pytest.raises(errors.WrongTask, match="or the request predict"):
             client.score(TEXT)
@@ -286,12 +289,6 @@ def test_images_and_text_in_one_daemon(bundle, tmp_path, model):
         assert answers(client, "s", bundle="lm") == {"s": expected(reference(model, TEXT))}
         assert [bundle.task for bundle in client.status().bundles] == ["classification", "text"]
         assert client.predict(x).adapted
-
-
-def _bundles(given):
-    from tta_edge.config import BundleConfig
-
-    return {name: BundleConfig(**each) for name, each in given.items()}
 
 
 def test_a_first_bundle_of_text_is_not_taught_by_a_cloud(bundle, tmp_path):
@@ -473,6 +470,31 @@ def test_a_session_that_was_pushed_off_the_disk_is_saved_when_it_leaves_memory(b
         client.absorb(TEXT, "d")
         assert "a" not in sessions(client)
         assert answers(client, "a") == before
+
+
+def test_a_session_in_use_is_not_what_makes_room(bundle, tmp_path):
+    host = hosting.load("default", BundleConfig(path=str(bundle)), Config(threads=1))
+    told = []
+    store = StateStore(tmp_path / "state", told.append, disk=Unsynced())
+    saver = Saver(store)
+    room = Sessions(max_sessions=1, max_bytes=1 << 30, tell=told.append, store=store, saver=saver)
+    held = room.begin(host, "a")
+    held.model.absorb(list(TEXT.encode()))
+    assert room.admit(held)
+    held.in_use += 1
+    with pytest.raises(AllInUse):
+        room.begin(host, "b")
+    assert room.all() == [held]
+    held.in_use -= 1
+    new = room.begin(host, "b")
+    assert [event.action for event in told] == ["evict"]
+    with pytest.raises(AllInUse):  # what was begun has its room already
+        room.begin(host, "c")
+    room.leave(new)
+    assert room.nbytes == 0
+    assert expected(room.find(host, "a").model) == expected(held.model)
+    saver.close()
+    store.close()
 
 
 # --- restarts -----------------------------------------------------------------------------------------

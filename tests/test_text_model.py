@@ -89,6 +89,18 @@ def test_absorbing_in_pieces_is_absorbing_at_once_to_the_last_bit(model):
     assert snapshot(whole) == snapshot(pieces)
 
 
+@pytest.mark.parametrize("more", [3, CHUNK])
+def test_what_was_answered_before_does_not_linger_after_absorbing(model, more):
+    session, fresh = model.session(), model.session()
+    session.absorb(list(TEXT[:20]))
+    before = snapshot(session)
+    session.absorb(list(TEXT[20 : 20 + more]))
+    fresh.absorb(list(TEXT[: 20 + more]))
+    assert snapshot(session) == snapshot(fresh) != before
+    session.reset()
+    assert snapshot(session) == snapshot(model.session())
+
+
 def test_a_context_is_seen_and_not_scored(model):
     session = model.session()
     found = session.score(list(OTHER), context=list(TEXT))
