@@ -36,6 +36,7 @@ from tta_exporters.train_stream import (
 )
 from tta_exporters.training import Schedule, train
 from tta_runtime import Bundle
+from tta_runtime.errors import TokenizerRefused
 
 CONFIG = DecoderConfig(
     vocabulary=257, layers=2, width=16, heads=2, kv_heads=2, head_width=8, hidden=24, context=64
@@ -68,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(folder: Path) -> Documents:
-    return load_documents([folder], encoder(None), 24)
+    return load_documents([folder], encoder(None, 257), 24)
 
 
 # ------------------------------------------------------------------------------------------------- documents
@@ -102,12 +103,12 @@ def test_what_is_held_out_follows_from_names_and_patterns(folder: Path) -> None:
 
 def test_documents_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="there is no"):
-        load_documents([tmp_path / "nothing"], encoder(None), 1)
+        load_documents([tmp_path / "nothing"], encoder(None, 257), 1)
     (tmp_path / "short.txt").write_bytes(b"abc")
     (tmp_path / "empty.txt").write_bytes(b"")
     with pytest.raises(OptionError, match="at least 4 tokens"):
-        load_documents([tmp_path], encoder(None), 4)
-    assert load_documents([tmp_path], encoder(None), 3).tokens["short.txt"].tolist() == [97, 98, 99]
+        load_documents([tmp_path], encoder(None, 257), 4)
+    assert load_documents([tmp_path], encoder(None, 257), 3).tokens["short.txt"].tolist() == [97, 98, 99]
 
 
 def test_a_tokenizer_makes_the_tokens(tmp_path: Path) -> None:
@@ -115,10 +116,14 @@ def test_a_tokenizer_makes_the_tokens(tmp_path: Path) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "tokenizer.json"))
-    assert encoder(tmp_path / "tokenizer.json")(b"b a c").tolist() == [1, 0, 2]
+    assert encoder(tmp_path / "tokenizer.json", 3)(b"b a c").tolist() == [1, 0, 2]
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(SourceError, match="no tokenizer"):
-        encoder(tmp_path / "broken.json")
+    with pytest.raises(TokenizerRefused):
+        encoder(tmp_path / "broken.json", 3)
+    with pytest.raises(TokenizerRefused):
+        encoder(tmp_path / "tokenizer.json", 2)
+    with pytest.raises(SourceError, match="cannot be read"):
+        encoder(tmp_path / "absent.json", 3)
 
 
 # ---------------------------------------------------------------------------------------------------- running

@@ -61,7 +61,9 @@ def train_stream(
     arguments.check_place(out)
     language = load_language(source)
     made = make_mapper(mapper, language.decoder, numbers, seed)
-    documents = load_documents(text, encoder(language.tokenizer), chunks * chunk)
+    documents = load_documents(
+        text, encoder(language.tokenizer, language.decoder.config.vocabulary), chunks * chunk
+    )
     parts = documents.split(held_out, tuple(hold or ()))
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

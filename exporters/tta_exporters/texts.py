@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tta_exporters.errors import ExtraMissing, OptionError, SourceError, in_one_line
+from tta_exporters.errors import OptionError, SourceError
+from tta_runtime.tokens import FileTokenizer
 
 Encode = Callable[[bytes], Tensor]
 """The tokens [n] int64 of a text."""
@@ -126,27 +126,27 @@ def load_documents(paths: list[Path], encode: Encode, shortest: int) -> Document
     return Documents(dict(sorted(tokens.items())), groups)
 
 
-def encoder(tokenizer: Path | None) -> Encode:
+def encoder(tokenizer: Path | None, vocabulary: int) -> Encode:
     """From bytes to tokens: the bytes themselves, or what a file of the package `tokenizers` makes of their text.
 
+    Args:
+        tokenizer: the file, or None for bytes.
+        vocabulary: tokens that the decoder knows.
+
     Raises:
-        ExtraMissing: the package is not installed.
-        SourceError: the file is no tokenizer.
+        SourceError: the file cannot be read.
+        EngineMissing: the package is not installed.
+        TokenizerRefused: the file is no tokenizer, or has more tokens than the decoder.
     """
     if tokenizer is None:
         return lambda data: torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)].long()
     try:
-        tokenizers = importlib.import_module("tokenizers")
-    except ImportError as error:
-        raise ExtraMissing("tokenizers is not installed", "Run `pip install tokenizers`") from error
-    try:
-        made = tokenizers.Tokenizer.from_file(str(tokenizer))
-    except Exception as error:
-        # The library raises plain exceptions.
-        raise SourceError(f"{tokenizer} is no tokenizer: {in_one_line(error)}", "Check the file") from error
+        content = tokenizer.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{tokenizer} cannot be read: {error.strerror}", "Check --tokenizer") from error
+    made = FileTokenizer(content, tokenizer.name, vocabulary)
 
     def encode(data: bytes) -> Tensor:
-        text = data.decode("utf-8", errors="replace")
-        return torch.tensor(made.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+        return torch.tensor(made.encode(data.decode("utf-8", errors="replace")), dtype=torch.int64)
 
     return encode
