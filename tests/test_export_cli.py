@@ -26,7 +26,7 @@ from tta_exporters.cli import app, main
 from tta_exporters.sources import load_network
 from tta_runtime import Model
 
-COMMANDS = ("build", "check", "info", "warm-up", "attack")
+COMMANDS = ("build", "check", "info", "warm-up", "attack", "train-stream", "build-text")
 
 MODELS = """
 import torch
