@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +15,18 @@ if TYPE_CHECKING:
     from tta_runtime.bundle import Bundle
 
 # Imported where they are used: most tests need none of it, and torch takes seconds.
+
+
+MANY_DESCRIPTORS = 200
+"""Some tests allow their process 256, and `select` knows 1024."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _let_go() -> None:
+    """Collects what earlier modules left: in a process this large the collector comes round too seldom for sockets."""
+    descriptors = Path("/proc/self/fd")
+    if descriptors.is_dir() and len(os.listdir(descriptors)) > MANY_DESCRIPTORS:
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
