@@ -29,6 +29,7 @@ from tta_exporters.errors import (
     WeightsDoNotFit,
     in_one_line,
 )
+from tta_exporters.finite import check_finite
 from tta_exporters.graphs import write_graph
 from tta_exporters.preprocess import Preprocess
 from tta_exporters.sources import load_attribute
@@ -175,7 +176,7 @@ def prepare(network: nn.Module, options: BuildOptions) -> tuple[NetworkAdapter, 
         )
         if options.adapter_weights is not None:
             adapter.start_from(options.adapter_weights)
-        _check_finite(adapter)
+        check_finite({**dict(adapter.module.named_parameters()), **adapter.unpack(adapter.source_theta())})
         _check_logits(adapter, options)
         strangers = sorted(set(options.settings) - {settings_key(entry) for entry in options.methods})
         if strangers:
@@ -285,16 +286,6 @@ def build(network: nn.Module, options: BuildOptions, out: Path, *, progress: Pro
     with staged(out) as work:
         sealed = _write(adapter, methods, options, work, progress)
     return Built(out, sealed, adapter, methods, options)
-
-
-def _check_finite(adapter: NetworkAdapter) -> None:
-    tensors = {**dict(adapter.module.named_parameters()), **adapter.unpack(adapter.source_theta())}
-    spoilt = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    if spoilt:
-        raise NetworkRefused(
-            f"{len(spoilt)} tensors of the network hold NaN or Inf: {', '.join(spoilt[:3])}",
-            "Give the weights of a training run that did not diverge",
-        )
 
 
 def _check_logits(adapter: NetworkAdapter, options: BuildOptions) -> None:

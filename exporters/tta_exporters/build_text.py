@@ -18,12 +18,14 @@ from tta_adapters.base import State
 from tta_adapters.decoder import Decoder
 from tta_adapters.stream import StreamMapper, key
 from tta_adapters.stream_objective import led
-from tta_exporters.errors import NetworkRefused, OptionError, SourceError
+from tta_exporters.errors import OptionError, SourceError
+from tta_exporters.finite import check_finite
 from tta_exporters.graphs import write_graph
 from tta_exporters.staging import check_free, staged
 from tta_exporters.trace import Argument
 from tta_exporters.weights import WeightsWriter
 from tta_runtime import __version__, bundle, manifest
+from tta_runtime.manifest_check import BYTES
 from tta_runtime.theta import make_layout
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,6 @@ Progress = Callable[[str], None]
 
 ABSORB = "absorb"
 STREAM = "stream"
-BYTES = "bytes"
 TOKENIZER = "tokenizer.json"
 EXAMPLE_TOKENS, EXAMPLE_PAST = 7, 11
 """Lengths to trace with; neither is 1, on which torch would specialise, nor a common width."""
@@ -118,17 +119,7 @@ def _check(decoder: Decoder, mapper: StreamMapper, options: TextOptions) -> int:
         )
     if options.tokenizer is not None and not options.tokenizer.is_file():
         raise SourceError(f"there is no file {options.tokenizer}", "Check --tokenizer")
-    spoilt = [
-        name
-        for module in (decoder, mapper)
-        for name, value in module.state_dict().items()
-        if not bool(torch.isfinite(value).all())
-    ]
-    if spoilt:
-        raise NetworkRefused(
-            f"{len(spoilt)} tensors hold NaN or Inf: {', '.join(spoilt[:3])}",
-            "Give the weights of a training run that did not diverge",
-        )
+    check_finite({**decoder.state_dict(), **mapper.state_dict()})
     return context
 
 

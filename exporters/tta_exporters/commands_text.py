@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tta_exporters import arguments
+from tta_exporters.progress import training_bar
 
 DecoderSource = Annotated[
     str, typer.Argument(help="hf:DIR (a Llama- or GPT-2-class model of transformers), or a decoder's file.")
@@ -48,7 +48,6 @@ def train_stream(
 
     Example: tta-export train-stream hf:llama --text documents --mapper delta --steps 2000 -o mapper.safetensors
     """
-    from tta_exporters.errors import Interrupted
     from tta_exporters.language_sources import load_language
     from tta_exporters.texts import encoder, load_documents
     from tta_exporters.train_stream import StreamOptions, make_mapper, write_mapper
@@ -66,19 +65,8 @@ def train_stream(
     )
     parts = documents.split(held_out, tuple(hold or ()))
     checkpoint = out.with_name(f"{out.name}.checkpoint")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("training", total=None)
-
-        def tell(step: int, count: int, loss: float) -> None:
-            bar.update(task, completed=step, total=count, description=f"loss {loss:.3f}")
-
-        try:
-            result = train(language.decoder, made, parts, language.begin, options, schedule, checkpoint, tell)
-        except KeyboardInterrupt as error:
-            raise Interrupted(
-                f"stopped, {checkpoint} holds how far it came", "Run the same command to go on"
-            ) from error
+    with training_bar("training", checkpoint) as tell:
+        result = train(language.decoder, made, parts, language.begin, options, schedule, checkpoint, tell)
     write_mapper(out, result.mapper, numbers, result.facts)
     checkpoint.unlink(missing_ok=True)
     judged = result.judged

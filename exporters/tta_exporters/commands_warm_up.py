@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tta_exporters import arguments
+from tta_exporters.progress import training_bar
 
 
 def warm_up(
@@ -50,7 +50,6 @@ def warm_up(
     """
     from tta_exporters.adapter_file import digest, write_adapter
     from tta_exporters.build import BuildOptions, prepare
-    from tta_exporters.errors import Interrupted
     from tta_exporters.labelled import load_labelled
     from tta_exporters.sources import load_network
     from tta_exporters.warm_up import WarmUpOptions
@@ -74,20 +73,8 @@ def warm_up(
     prepared = prepare(network, options)[0]
     labelled = load_labelled(data, users, classes)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("warming up", total=None)
-
-        def tell(step: int, steps: int, loss: float) -> None:
-            bar.update(task, completed=step, total=steps, description=f"loss {loss:.3f}")
-
-        try:
-            result = train(prepared, network, labelled, how, checkpoint, tell)
-        except KeyboardInterrupt as error:
-            raise Interrupted(
-                f"stopped, {checkpoint} holds how far it came", "Run the same command to go on"
-            ) from error
+    with training_bar("warming up", checkpoint) as tell:
+        result = train(prepared, network, labelled, how, checkpoint, tell)
     facts: dict[str, object] = {
         "epochs": epochs,
         "batch": batch,

@@ -121,7 +121,7 @@ def make_mapper(kind: str, decoder: Decoder, settings: Mapping[str, float], seed
 def train_stream(
     decoder: Decoder,
     mapper: StreamMapper,
-    documents: Documents | tuple[Documents, Documents],
+    documents: tuple[Documents, Documents],
     begin: int | None,
     options: StreamOptions,
     schedule: Schedule,
@@ -133,7 +133,7 @@ def train_stream(
     Args:
         decoder: frozen.
         mapper: what learns, in place.
-        documents: all, or (those to train on, those held out).
+        documents: those to train on, those held out.
         begin: the token before a text, or None.
         options: how.
         schedule: how long and how fast.
@@ -144,7 +144,7 @@ def train_stream(
         OptionError: no document has so many chunks.
         CheckpointMismatch, Diverged, OutputUnwritable: see :func:`tta_exporters.training.train`.
     """
-    kept, held = documents if isinstance(documents, tuple) else documents.split(options.held_out)
+    kept, held = documents
     kept.draw(1, options.chunks * options.chunk, 0)
     facts: dict[str, object] = {
         "decoder": network_digest(decoder),

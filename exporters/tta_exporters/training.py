@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tta_exporters.adapter_file import read_tensors, write_tensors
-from tta_exporters.errors import CheckpointMismatch, Diverged, OptionError, SourceError
+from tta_exporters.checkpoint import read_checkpoint, write_checkpoint
+from tta_exporters.errors import Diverged, OptionError
 
 FORMAT = "tta-training"
 CLIP = 1.0
@@ -93,8 +93,7 @@ def train(
 
     def save() -> None:
         values = {f"value.{name}": value.detach() for name, value in trained.items()}
-        facts = {"format": FORMAT, "fingerprint": mark, "step": str(step)}
-        write_tensors(checkpoint, {**values, **moments}, facts)
+        write_checkpoint(checkpoint, FORMAT, mark, {**values, **moments}, step)
 
     try:
         while step < schedule.steps:
@@ -146,22 +145,9 @@ def _adam(
 
 
 def _resume(checkpoint: Path, mark: str, trained: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> int:
-    fix = f"Give the same options and data, or remove {checkpoint} to begin anew"
-    try:
-        tensors, facts = read_tensors(checkpoint)
-    except SourceError as error:
-        raise CheckpointMismatch(f"{error.cause}", fix) from error
-    if facts.get("format") != FORMAT or facts.get("fingerprint") != mark:
-        raise CheckpointMismatch(
-            f"{checkpoint.name} belongs to another run ({facts.get('fingerprint', 'none')[:12]}, this is {mark[:12]})",
-            fix,
-        )
     wanted = {**{f"value.{name}": value for name, value in trained.items()}, **moments}
-    if {name: value.shape for name, value in tensors.items()} != {
-        name: value.shape for name, value in wanted.items()
-    } or not facts.get("step", "").isdecimal():
-        raise CheckpointMismatch(f"{checkpoint.name} holds other arrays than a run writes", fix)
+    found, step = read_checkpoint(checkpoint, FORMAT, mark, wanted)
     with torch.no_grad():
         for name, value in wanted.items():
-            value.copy_(tensors[name])
-    return int(facts["step"])
+            value.copy_(found[name])
+    return step

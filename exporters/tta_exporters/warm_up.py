@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from tta_adapters.base import State, gradient, initial
 from tta_adapters.network import NetworkAdapter
 from tta_adapters.optim import Adam
-from tta_exporters.adapter_file import network_digest, read_tensors, write_tensors
-from tta_exporters.errors import CheckpointMismatch, Diverged, OptionError, SourceError
+from tta_exporters.adapter_file import network_digest
+from tta_exporters.checkpoint import read_checkpoint, write_checkpoint
+from tta_exporters.errors import Diverged, OptionError
 from tta_exporters.labelled import Labelled
 
 FORMAT = "tta-warm-up"
@@ -147,15 +148,12 @@ def warm_up(
     state = initial(optimiser.init(adapter.trained), theta)
     first = 0
     if checkpoint.exists():
-        theta, state, first = _resume(checkpoint, mark, theta, state)
+        found, first = read_checkpoint(checkpoint, FORMAT, mark, {"theta": theta, **state})
+        theta, state = found["theta"], {name: found[name] for name in state}
     step = first
 
     def save() -> None:
-        write_tensors(
-            checkpoint,
-            {"theta": theta, **state},
-            {"format": FORMAT, "fingerprint": mark, "step": str(step)},
-        )
+        write_checkpoint(checkpoint, FORMAT, mark, {"theta": theta, **state}, step)
 
     try:
         while step < steps:
@@ -221,22 +219,3 @@ def _judge(adapter: NetworkAdapter, theta: Tensor, data: Labelled, held: Tensor)
             loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
             right += int((logits.argmax(1) == y).sum())
     return Judgement(loss / len(held), right / len(held))
-
-
-def _resume(checkpoint: Path, mark: str, theta: Tensor, state: State) -> tuple[Tensor, State, int]:
-    fix = f"Give the same options and data, or remove {checkpoint} to begin anew"
-    try:
-        tensors, facts = read_tensors(checkpoint)
-    except SourceError as error:
-        raise CheckpointMismatch(f"{error.cause}", fix) from error
-    if facts.get("format") != FORMAT or facts.get("fingerprint") != mark:
-        raise CheckpointMismatch(
-            f"{checkpoint.name} belongs to another run ({facts.get('fingerprint', 'none')[:12]}, this is {mark[:12]})",
-            fix,
-        )
-    wanted = {"theta": theta, **state}
-    if {name: value.shape for name, value in tensors.items()} != {
-        name: value.shape for name, value in wanted.items()
-    } or not facts.get("step", "").isdecimal():
-        raise CheckpointMismatch(f"{checkpoint.name} holds other arrays than a run writes", fix)
-    return tensors["theta"], {name: tensors[name] for name in state}, int(facts["step"])
