@@ -13,7 +13,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import trt_library
-from .arrays import frozen, is_finite, is_fixed
+from .arrays import is_fixed
 from .bundle import Bundle
 from .cuda_driver import Buffer, CudaDevice, CudaDriver
 from .engine import FIXED, RESIDENT, Arrays, EngineOptions
@@ -104,28 +103,16 @@ class TrtResident(Resident):
     def __init__(
         self, device: CudaDevice, buffer: Buffer, port: Port, shape: tuple[int, ...], traffic: Traffic
     ) -> None:
+        super().__init__(shape, np.dtype(port.dtype), traffic)
         self.device = device
         self.buffer = buffer
-        self.shape = shape
-        self.dtype = np.dtype(port.dtype)
         self.total: float | None = None
-        self._traffic = traffic
 
-    @cached_property
-    def _host(self) -> NDArray[Any]:
-        array = frozen(self.device.fetch(self.buffer, self.shape, self.dtype))
-        self._traffic.to_host += array.nbytes
-        return array
+    def _fetch(self) -> NDArray[Any]:
+        return self.device.fetch(self.buffer, self.shape, self.dtype)
 
-    def host(self) -> NDArray[Any]:
-        """The values on the host, read-only; copied the first time only."""
-        return self._host
-
-    def is_finite(self) -> bool:
-        """Whether every value is finite: where their sum is, every value is; else each is looked at, on the host."""
-        if self.dtype.kind != "f":
-            return True
-        return (self.total is not None and bool(np.isfinite(self.total))) or is_finite(self.host())
+    def _total(self) -> float | None:
+        return self.total
 
 
 class TrtEngine:

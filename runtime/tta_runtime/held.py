@@ -5,46 +5,18 @@ Everything else sees ordinary arrays. A copy comes to the host when somebody loo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import is_finite
+from .arrays import frozen, is_finite
 
 _T = TypeVar("_T")
-
-
-class Resident:
-    """An array on an engine's device. Nobody writes to it as long as somebody holds it.
-
-    A plain class: whether an array is one is asked for every input of every run.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    def host(self) -> NDArray[Any]:
-        """The values on the host, read-only; copied the first time only.
-
-        Raises:
-            EngineFailed: the device fails.
-        """
-        raise NotImplementedError
-
-    def is_finite(self) -> bool:
-        """Whether every value is finite; asked on the device, which sends a few bytes.
-
-        Raises:
-            EngineFailed: the device fails.
-        """
-        raise NotImplementedError
-
-
-Held = NDArray[Any] | Resident
-"""An array, wherever it is."""
 
 
 @dataclass
@@ -53,6 +25,60 @@ class Traffic:
 
     to_host: int = 0
     to_device: int = 0
+
+
+class Resident:
+    """An array on an engine's device. Nobody writes to it as long as somebody holds it.
+
+    Not an abstract class: whether an array is one is asked for every input of every run, which costs more of those.
+
+    Args:
+        shape: of the array.
+        dtype: likewise.
+        traffic: where the bytes that come to the host are counted.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], traffic: Traffic) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self._traffic = traffic
+
+    def _fetch(self) -> NDArray[Any]:
+        """A copy of the values on the host."""
+        raise NotImplementedError
+
+    def _total(self) -> float | None:
+        """Their sum, NaN or Inf where one is among them; None where nobody has it."""
+        raise NotImplementedError
+
+    def host(self) -> NDArray[Any]:
+        """The values on the host, read-only; copied the first time only.
+
+        Raises:
+            EngineFailed: the device fails.
+        """
+        return self._host
+
+    @cached_property
+    def _host(self) -> NDArray[Any]:
+        array = frozen(self._fetch())
+        self._traffic.to_host += array.nbytes
+        return array
+
+    def is_finite(self) -> bool:
+        """Whether every value is finite: where their sum is, every value is; else each is looked at, on the host.
+
+        Raises:
+            EngineFailed: the device fails.
+        """
+        if self.dtype.kind != "f":
+            return True
+        total = self._total()
+        return (total is not None and math.isfinite(total)) or is_finite(self.host())
+
+
+Held = NDArray[Any] | Resident
+"""An array, wherever it is."""
 
 
 def host(value: Held) -> NDArray[Any]:

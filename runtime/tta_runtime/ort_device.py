@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import frozen, is_finite, is_fixed
+from .arrays import is_fixed
 from .engine import FIXED, RESIDENT, Arrays
 from .held import Held, Resident, Traffic, host
 from .manifest import Graph
@@ -25,37 +25,24 @@ _UPLOADS = 8
 """Arrays of the host that a graph keeps on its device: the source theta, anchors, what streams were restored to."""
 
 
+_DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(int64)": "int64"}
+
+
 class OrtResident(Resident):
     """An OrtValue that stays where it is."""
 
     def __init__(self, value: Any, device: OrtDevice, traffic: Traffic) -> None:
+        super().__init__(tuple(value.shape()), np.dtype(_DTYPES[value.data_type()]), traffic)
         self.value = value
         self.device = device
-        self.shape: tuple[int, ...] = tuple(value.shape())
-        self.dtype: np.dtype[Any] = np.dtype(_DTYPES[value.data_type()])
-        self._traffic = traffic
 
-    @cached_property
-    def _host(self) -> NDArray[Any]:
+    def _fetch(self) -> NDArray[Any]:
         with self.device.failures():
-            array = frozen(np.ascontiguousarray(self.value.numpy()))
-        self._traffic.to_host += array.nbytes
-        return array
+            return np.ascontiguousarray(self.value.numpy())
 
-    def host(self) -> NDArray[Any]:
-        """The values on the host, read-only; copied the first time only."""
-        return self._host
-
-    def is_finite(self) -> bool:
-        """Whether every value is finite: where their sum is, every value is; else each is looked at, on the host."""
-        if self.dtype.kind != "f":
-            return True
+    def _total(self) -> float:
         self._traffic.to_host += 4
-        with np.errstate(over="ignore", invalid="ignore"):
-            return bool(np.isfinite(self.device.total(self.value))) or is_finite(self.host())
-
-
-_DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(int64)": "int64"}
+        return self.device.total(self.value)
 
 
 class OrtDevice:
