@@ -1,7 +1,8 @@
 """What one adaptation step costs: our compiled step against eager PyTorch TENT and torch.compile'd TENT.
 
 Time: the four are interleaved in one process, two threads each, and the medians compared. Memory: each in a process of
-its own, peak resident size. Weights are random (a step costs the same), so this needs no data.
+its own, peak resident size. Weights are random (a step costs the same), so this needs no data. Before and after a
+change: ``--against`` another checkout, two processes that take turns.
 
 Example: python benchmarks/step_cost.py --json step_cost.json
 """
@@ -9,6 +10,8 @@ Example: python benchmarks/step_cost.py --json step_cost.json
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import math
@@ -18,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +58,23 @@ def main() -> None:
     parser.add_argument(
         "--spin", action="store_true", help="let our idle threads spin during a step, as PyTorch's do"
     )
+    parser.add_argument(
+        "--against", type=Path, help="compare with the step of this other checkout instead, in turns"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--bundle", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.child == "export":
+        export(arguments.models, Path(arguments.bundle))
+        return
+    if arguments.child == "turns":
+        turns_child(Path(arguments.bundle), arguments.models, arguments.batch)
+        return
     if arguments.child:
         memory_child(arguments.child, arguments.models, arguments.bundle, arguments.batch)
+        return
+    if arguments.against:
+        compare(arguments)
         return
     rows = []
     with tempfile.TemporaryDirectory(prefix="tta-bench-") as work:
@@ -106,7 +121,9 @@ def export(name: str, bundle: Path, tensorrt: Sequence[tuple[int, int]] = ()) ->
 
     source, size, classes = MODELS[name]
     inputs = InputOptions((3, size, size))
-    options = BuildOptions(name, inputs, classes, ["source", "tent"], tensorrt=tensorrt)
+    options = BuildOptions(name, inputs, classes, ["source", "tent"])
+    if tensorrt:
+        options = dataclasses.replace(options, tensorrt=tensorrt)
     build(load_network(source), options, bundle)
 
 
@@ -194,10 +211,8 @@ def tent(name: str, x: np.ndarray, *, compiled: bool, device: str = "cpu") -> Ca
 
 def peak(kind: str, name: str, bundle: Path, batch: int) -> float:
     """Peak resident megabytes of a process that does nothing but six steps."""
-    command = [sys.executable, __file__, "--child", kind, "--models", name, "--batch", str(batch)]
-    output = subprocess.run(
-        [*command, "--bundle", str(bundle)], check=True, capture_output=True, text=True
-    ).stdout
+    command = child(kind, bundle, name, batch)
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.strip().splitlines()[-1])
 
 
@@ -217,6 +232,101 @@ def memory_child(kind: str, name: str, bundle: str, batch: int) -> None:
     # Not ru_maxrss: a child inherits its parent's value across fork and exec.
     status = Path("/proc/self/status").read_text()
     print(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """This checkout beside another: step and forward of each in a process of its own, in turns; medians and ratios."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="tta-bench-") as work, contextlib.ExitStack() as stack:
+        for name in arguments.models.split(","):
+            bundle = Path(work) / name
+            # Built by the other one: a newer version reads what an older one wrote, not the reverse.
+            subprocess.run(
+                child("export", bundle, name, arguments.batch),
+                check=True,
+                env=environment(arguments.against),
+            )
+            sides = {
+                "before": stack.enter_context(turns(arguments.against, bundle, name, arguments.batch)),
+                "after": stack.enter_context(turns(ROOT, bundle, name, arguments.batch)),
+            }
+            times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+            for turn in range(arguments.repeats + 2):
+                # The one that comes second finds other caches and clocks: each is first every other time.
+                for side in sorted(sides, reverse=turn % 2 == 0):
+                    step, forward = take_turn(sides[side])
+                    if turn >= 2:
+                        times[side].append((step, forward))
+            row: dict[str, Any] = {"model": name, "batch": arguments.batch}
+            for index, kind in enumerate(("step", "forward")):
+                before, after = ([pair[index] for pair in times[side]] for side in ("before", "after"))
+                row |= {
+                    f"{kind}_before_ms": round(statistics.median(before), 3),
+                    f"{kind}_after_ms": round(statistics.median(after), 3),
+                    f"{kind}_ratio": round(statistics.median(after) / statistics.median(before), 3),
+                    f"{kind}_min_ratio": round(min(after) / min(before), 3),
+                }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": rows, "repeats": arguments.repeats}, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def turns(checkout: Path, bundle: Path, name: str, batch: int) -> Iterator[subprocess.Popen[str]]:
+    """A process with the packages of ``checkout`` that steps once per line it is sent."""
+    process = subprocess.Popen(
+        child("turns", bundle, name, batch),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(checkout),
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def child(kind: str, bundle: Path, name: str, batch: int) -> list[str]:
+    """The command of a process of this script."""
+    options = ["--child", kind, "--bundle", str(bundle), "--models", name, "--batch", str(batch)]
+    return [sys.executable, __file__, *options]
+
+
+def environment(checkout: Path) -> dict[str, str]:
+    """What makes a process import the packages of ``checkout``."""
+    packages = ("runtime", "adapters", "exporters", "edge", "cloud")
+    path = os.pathsep.join(str(checkout.resolve() / package) for package in packages)
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def take_turn(process: subprocess.Popen[str]) -> tuple[float, float]:
+    """One step and one forward of that process, in milliseconds."""
+    if process.stdin is None or process.stdout is None:
+        raise RuntimeError("the process has no pipes")
+    process.stdin.write("\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the process of a checkout ended with status {process.wait()}")
+    step, forward = line.split()
+    return float(step), float(forward)
+
+
+def turns_child(bundle: Path, name: str, batch: int) -> None:
+    """Steps and serves once for each line of standard input, and prints how long the two took."""
+    size = MODELS[name][1]
+    x = np.random.default_rng(0).random((batch, 3, size, size), dtype=np.float32)
+    run = ours(bundle, x)
+    for _ in sys.stdin:
+        milliseconds = []
+        for kind in ("step_ms", "forward_ms"):
+            start = time.perf_counter()
+            run[kind]()
+            milliseconds.append(1e3 * (time.perf_counter() - start))
+        print(*milliseconds, flush=True)
 
 
 def profile(bundle: Path, batch: int, rounds: int = 4, provider: str = "cpu") -> str:
