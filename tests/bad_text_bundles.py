@@ -106,7 +106,7 @@ _GROUPS: list[tuple[str, type[errors.TtaError], bool, dict[str, tuple[Any, ...]]
             "another chunk": (port("absorb", "inputs", "x", shape=[1, 8]), "[1, 8]", "16"),
             "absorb without theta": (port("absorb", "outputs", "theta_out"), "returns", "theta"),
             "absorb without a state": (port("absorb", "inputs", "state.0_o"), "0_o"),
-            "theta of another size": (port("absorb", "outputs", "theta_out", shape=[7]), "[7]", "384"),
+            "theta of another size": (port("absorb", "outputs", "theta_out", shape=[7]), "[7]", "392"),
         },
     ),
     (

@@ -66,23 +66,28 @@ def test_no_token_sees_a_later_one() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_update_is_what_it_would_be_inside_the_matrix(target: str) -> None:
+def test_an_update_is_what_it_would_be_inside_the_matrix_and_the_bias(target: str) -> None:
     decoder, tokens = random_decoder(GATED), some_tokens(10)
     inputs, generator = GATED.fan_in(target), torch.Generator().manual_seed(2)  # type: ignore[arg-type]
-    down = torch.randn(1, 3, inputs, generator=generator, dtype=torch.float64)
+    down = torch.randn(1, 3, inputs + 1, generator=generator, dtype=torch.float64)
     up = torch.randn(32, 3, generator=generator, dtype=torch.float64)
     updated = decoder(tokens, updates={(1, target): Update(down, up)}).logits  # type: ignore[dict-item]
-    merged = random_decoder(GATED)
+    merged = random_decoder(replace(GATED, out_bias=True, mlp_bias=True))
+    merged.load_state_dict(decoder.state_dict(), strict=False)
+    for name, value in merged.named_parameters():
+        if name.endswith("bias"):
+            value.zero_()
     block = merged.blocks[1]
     layer = block.attention.o if target == "o" else block.mlp.down
-    layer.weight.add_(up @ down[0])
+    layer.weight.add_(up @ down[0, :, :-1])
+    layer.bias.add_(up @ down[0, :, -1])
     torch.testing.assert_close(updated, merged(tokens).logits, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(updated, decoder(tokens).logits)
 
 
 def test_each_text_of_a_batch_has_its_own_update() -> None:
     decoder, tokens = random_decoder(GATED), some_tokens(10)
-    down = torch.randn(2, 3, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    down = torch.randn(2, 3, 49, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     up = torch.randn(32, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     both = decoder(tokens, updates={(0, "down"): Update(down, up)}).logits
     for index in range(2):

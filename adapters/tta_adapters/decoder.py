@@ -85,10 +85,11 @@ class DecoderConfig:
 
 
 class Update(NamedTuple):
-    """A low-rank update of one linear layer: y + up (down x).
+    """A low-rank update of one linear layer and its bias: y + up (down [x, 1]).
 
     Attributes:
-        down: [batch or 1, rank, inputs], what a context is turned into.
+        down: [batch or 1, rank, inputs + 1], what a context is turned into; the last column moves the output whatever
+            comes in.
         up: [outputs, rank], learned once.
     """
 
@@ -280,7 +281,7 @@ class Decoder(nn.Module):
 
 
 def updated(y: Tensor, x: Tensor, update: Update | None) -> Tensor:
-    """A linear layer's output with its low-rank update: y + up (down x).
+    """A linear layer's output with its low-rank update: y + up (down [x, 1]).
 
     Args:
         y: [batch, tokens, outputs], the layer's own output.
@@ -289,7 +290,8 @@ def updated(y: Tensor, x: Tensor, update: Update | None) -> Tensor:
     """
     if update is None:
         return y
-    return y + F.linear(x @ update.down.transpose(-1, -2), update.up)
+    turned = update.down.transpose(-1, -2)
+    return y + F.linear(x @ turned[..., :-1, :] + turned[..., -1:, :], update.up)
 
 
 def rotations(where: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:

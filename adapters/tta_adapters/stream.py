@@ -6,7 +6,7 @@ are theta. The ``up`` halves are learned once and start at zero, so an untrained
 
     state' = mapper.absorb(heard, state)          heard: what the blocks saw of one chunk
     downs = mapper.downs(state')                  theta, one matrix for each updated layer
-    y = W x + up (down x)                         serving, at the same cost however much was heard
+    y = W x + up (down [x, 1])                    serving, at the same cost however much was heard
 
 Two mappers share this interface. :class:`AttentionMapper` has the structure reported for StreamAdapter (Muhtar et
 al., 2024, arXiv 2411.09289: cross attention of learned queries within a chunk, gated recurrence between chunks,
@@ -22,13 +22,14 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta_adapters.base import State
 from tta_adapters.decoder import TARGETS, Block, Decoder, Heard, Target, Update
 
 Downs = dict[tuple[int, Target], Tensor]
-"""By block and layer: [batch, rank, inputs]."""
+"""By block and layer: [batch, rank, inputs + 1]."""
 
 
 class StreamMapper(nn.Module, ABC):
@@ -94,17 +95,21 @@ class StreamMapper(nn.Module, ABC):
 
     def unpack(self, theta: Tensor) -> Downs:
         """The inverse of :meth:`pack`."""
-        sizes = [self.rank * self.config.fan_in(target) for _, target in self.layers]
+        sizes = [self.rank * self.columns(target) for _, target in self.layers]
         parts = torch.split(theta, sizes, dim=1)
         return {
-            layer: part.reshape(-1, self.rank, self.config.fan_in(layer[1]))
+            layer: part.reshape(-1, self.rank, self.columns(layer[1]))
             for layer, part in zip(self.layers, parts, strict=True)
         }
+
+    def columns(self, target: Target) -> int:
+        """Of a layer's ``down``: its inputs and the constant one."""
+        return self.config.fan_in(target) + 1
 
     @property
     def size(self) -> int:
         """P, the length of theta."""
-        return sum(self.rank * self.config.fan_in(target) for _, target in self.layers)
+        return sum(self.rank * self.columns(target) for _, target in self.layers)
 
     def ratio(self, down: Tensor, block: int, target: Target) -> Tensor:
         """[batch]: how large an update is beside its matrix, |up down| / |W| in the Frobenius norm."""
@@ -162,7 +167,7 @@ class AttentionMapper(StreamMapper):
             name, inputs = key(*layer), config.fan_in(layer[1])
             self.queries[name] = nn.Parameter(torch.randn(heads, rank, key_width))
             self.values[name] = nn.Linear(inputs, width, bias=False)
-            self.expand[name] = nn.Linear(width, inputs, bias=False)
+            self.expand[name] = nn.Linear(width, self.columns(layer[1]), bias=False)
             gate = nn.Linear(2 * width, width)
             nn.init.zeros_(gate.weight)
             nn.init.constant_(gate.bias, GATE_START)
@@ -192,7 +197,7 @@ class AttentionMapper(StreamMapper):
         return after
 
     def raw_downs(self, state: State) -> Downs:
-        """Rows of the state, expanded to the inputs of their layer."""
+        """Rows of the state, expanded to the inputs of their layer and the constant one."""
         return {layer: self.expand[key(*layer)](state[key(*layer)]) for layer in self.layers}
 
 
@@ -225,7 +230,8 @@ class DeltaMapper(StreamMapper):
             name, inputs = key(*layer), config.fan_in(layer[1])
             keys = nn.Linear(inputs, rank, bias=False)
             self.keys[name] = keys
-            self.reads[name] = nn.Parameter(keys.weight.detach().clone())
+            # What is written under a layer's input is read by it; the constant one reads nothing at first.
+            self.reads[name] = nn.Parameter(F.pad(keys.weight.detach(), (0, 1)))
             self.values[name] = nn.Linear(2 * config.width, rank, bias=False)
             writes = nn.Linear(2 * config.width, 2)
             nn.init.zeros_(writes.weight)
@@ -261,7 +267,7 @@ class DeltaMapper(StreamMapper):
         return {name: s[:, index] for index, name in enumerate(names)}
 
     def raw_downs(self, state: State) -> Downs:
-        """S read through a projection of the layer's input."""
+        """S read through a projection of the layer's input and the constant one."""
         return {layer: state[key(*layer)] @ self.reads[key(*layer)] for layer in self.layers}
 
 

@@ -94,7 +94,7 @@ def absorbed_downs(mapper: StreamMapper, heard: list[Heard], texts: int, chunks:
         chunks: of each.
 
     Returns:
-        [texts * chunks, rank, inputs] for each updated layer, of a text's chunks one after the other.
+        [texts * chunks, rank, inputs + 1] for each updated layer, of a text's chunks one after the other.
     """
     state, downs = mapper.initial(texts), []
     for index in range(chunks):

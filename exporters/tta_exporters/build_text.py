@@ -191,7 +191,7 @@ def _seal(
 ) -> manifest.Manifest:
     config = decoder.config
     zeros = {
-        f"{key(*layer)}.down": np.zeros((mapper.rank, config.fan_in(layer[1])), np.float32)
+        f"{key(*layer)}.down": np.zeros((mapper.rank, mapper.columns(layer[1])), np.float32)
         for layer in mapper.layers
     }
     layout, _ = make_layout([(name, value, "down", True) for name, value in zeros.items()])
