@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from contextlib import suppress
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -23,6 +25,7 @@ from running import daemon, process_environment, running
 from tta_edge import errors, exit_codes, wire
 from tta_edge.calls import _errors_by_code
 from tta_edge.client import Client, Retry, as_error
+from tta_edge.retry import Attempts
 from tta_runtime import errors as runtime_errors
 from tta_runtime import errors as wire_errors
 from tta_runtime.errors import TtaError
@@ -461,6 +464,55 @@ def test_the_policy_by_cases():
         assert policy.before_next(kind("c", "f"), 1, 0.0) is None
     with pytest.raises(FrozenInstanceError):
         policy.attempts = 9
+
+
+def test_attempts_end_with_the_last_error_itself():
+    draws = iter([0.0, 0.5, 0.0])
+    attempts = Attempts(Retry(attempts=4, wait_s=1.0, max_wait_s=3.0), lambda: next(draws))
+    refusals = [errors.Draining("c", "f") for _ in range(3)]
+    assert [attempts.failed(error) for error in refusals[:2]] == [1.0, 1.5]
+    lost = errors.ConnectionLost("c", "f")
+    with pytest.raises(errors.ConnectionLost) as raised:
+        attempts.failed(lost)
+    assert raised.value is lost
+
+
+def test_attempts_end_when_part_of_the_answer_has_come():
+    gone = errors.Unreachable("c", "f")
+    attempts = Attempts(Retry(attempts=4), lambda: 0.0)
+    assert attempts.failed(gone) == 0.1
+    with pytest.raises(errors.Unreachable) as raised:
+        attempts.failed(gone, begun=True)
+    assert raised.value is gone
+
+
+def test_what_was_to_be_sent_goes_with_the_error():
+    def call():
+        sent = set(X.flat)
+        held.append(weakref.ref(sent))
+        try:
+            raise errors.Draining("c", "f")
+        except errors.Draining as error:
+            Attempts(Retry(attempts=1)).failed(error)
+        return sent
+
+    held = []
+    gc.disable()
+    try:
+        with suppress(errors.Draining):
+            call()
+        assert held[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_each_call_has_its_own_count():
+    policy, gone = Retry(attempts=2, wait_s=1.0), errors.Unreachable("c", "f")
+    for _ in range(2):
+        attempts = Attempts(policy, lambda: 0.0)
+        assert attempts.failed(gone) == 1.0
+        with pytest.raises(errors.Unreachable):
+            attempts.failed(gone)
 
 
 @given(st.integers(1, 5000), st.floats(0, 1, exclude_max=True), st.floats(0, 5) | st.none())

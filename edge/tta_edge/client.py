@@ -7,7 +7,6 @@ with Client("tcp://127.0.0.1:5555") as client:
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 import weakref
@@ -32,7 +31,7 @@ from tta_edge.calls import (
 )
 from tta_edge.client_io import IoThread
 from tta_edge.connection import Call
-from tta_edge.retry import NEVER, Retry
+from tta_edge.retry import NEVER, Attempts, Retry
 from tta_edge.wire import (
     PARTS,
     AbsorbDone,
@@ -300,16 +299,13 @@ class Client:
 
     def _call(self, ask: Ask[T], timeout_s: float | None) -> T:
         timeout_s = self.timeout_s if timeout_s is None else calls.checked_timeout(timeout_s)
-        attempt = 1
+        attempts = Attempts(self._retry)
         while True:
             try:
                 return self._attempt(ask, timeout_s)
             except TtaError as error:
-                wait_s = self._retry.before_next(error, attempt, random.random())
-                if wait_s is None:
-                    raise
+                wait_s = attempts.failed(error)
             time.sleep(wait_s)
-            attempt += 1
 
     def _attempt(self, ask: Ask[T], timeout_s: float) -> T:
         began_s = time.monotonic()
@@ -328,7 +324,7 @@ class Client:
 
     def _stream(self, ask: Ask[TextEnd], timeout_s: float) -> Generator[Received[Any] | TextEnd, None, None]:
         """The parts of an answer, then what it ends with; made again, as a call is, where no part has come."""
-        attempt = 1
+        attempts = Attempts(self._retry)
         while True:
             began_s, came = time.monotonic(), False
             try:
@@ -339,11 +335,8 @@ class Client:
                         yield received if isinstance(received.message, PARTS) else ask.result(received, 0.0)
                 return
             except TtaError as error:
-                wait_s = None if came else self._retry.before_next(error, attempt, random.random())
-                if wait_s is None:
-                    raise
+                wait_s = attempts.failed(error, begun=came)
             time.sleep(wait_s)
-            attempt += 1
 
     def _listen(self, ask: Ask[Any], timeout_s: float) -> Generator[Received[Any], None, None]:
         heard: SimpleQueue[Received[Any] | None] = SimpleQueue()

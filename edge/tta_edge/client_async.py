@@ -9,7 +9,6 @@ A thread waits on the socket (client_io.py) and hands outcomes to the event loop
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 import weakref
 from collections.abc import AsyncGenerator
@@ -24,7 +23,7 @@ from tta_edge import calls
 from tta_edge.calls import DEFAULT_ENDPOINT, DEFAULT_TIMEOUT_S, Ask, Parts, Reply, TextEnd, TextScore
 from tta_edge.client_io import MAX_OPEN, IoThread
 from tta_edge.connection import Call
-from tta_edge.retry import NEVER, Retry
+from tta_edge.retry import NEVER, Attempts, Retry
 from tta_edge.wire import (
     PARTS,
     AbsorbDone,
@@ -195,16 +194,13 @@ class AsyncClient:
 
     async def _call(self, ask: Ask[T], timeout_s: float | None) -> T:
         timeout_s = self.timeout_s if timeout_s is None else calls.checked_timeout(timeout_s)
-        attempt = 1
+        attempts = Attempts(self._retry)
         while True:
             try:
                 return await self._attempt(ask, timeout_s)
             except TtaError as error:
-                wait_s = self._retry.before_next(error, attempt, random.random())
-                if wait_s is None:
-                    raise
+                wait_s = attempts.failed(error)
             await asyncio.sleep(wait_s)
-            attempt += 1
 
     async def _attempt(self, ask: Ask[T], timeout_s: float) -> T:
         began_s = time.monotonic()
@@ -229,7 +225,7 @@ class AsyncClient:
         self, ask: Ask[TextEnd], timeout_s: float
     ) -> AsyncGenerator[Received[Any] | TextEnd, None]:
         """The parts of an answer, then what it ends with; made again, as a call is, where no part has come."""
-        attempt = 1
+        attempts = Attempts(self._retry)
         while True:
             began_s, came = time.monotonic(), False
             try:
@@ -240,11 +236,8 @@ class AsyncClient:
                         yield received if isinstance(received.message, PARTS) else ask.result(received, 0.0)
                 return
             except TtaError as error:
-                wait_s = None if came else self._retry.before_next(error, attempt, random.random())
-                if wait_s is None:
-                    raise
+                wait_s = attempts.failed(error, begun=came)
             await asyncio.sleep(wait_s)
-            attempt += 1
 
     async def _listen(self, ask: Ask[Any], timeout_s: float) -> AsyncGenerator[Received[Any], None]:
         loop = asyncio.get_running_loop()

@@ -1,7 +1,9 @@
-"""When a refused call is made again. A pure function of the error; the clients do the waiting."""
+"""When a refused call is made again: by the error, the count and a random number. The clients do the waiting."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tta_edge.errors import Busy, Draining, Unreachable
@@ -61,6 +63,50 @@ class Retry:
             told_s = error.retry_after_s
             return told_s * (1 + 0.1 * draw) if 0 <= told_s <= self.max_wait_s else None
         return backoff_s(self.wait_s, self.max_wait_s, attempt, draw)
+
+
+class Attempts:
+    """The attempts at one call: counts those that failed, and says what follows each.
+
+        attempts = Attempts(policy)
+        while True:
+            try:
+                return attempt()
+            except TtaError as error:
+                wait_s = attempts.failed(error)
+            sleep(wait_s)
+
+    Args:
+        policy: when a call is made again.
+        draw: gives random numbers in [0, 1).
+    """
+
+    def __init__(self, policy: Retry, draw: Callable[[], float] = random.random) -> None:
+        self._policy = policy
+        self._draw = draw
+        self._failed = 0
+
+    def failed(self, error: TtaError, *, begun: bool = False) -> float:
+        """How long to wait before the call is made again.
+
+        Args:
+            error: what this attempt ended with.
+            begun: the caller has part of the answer already, and another attempt would begin it anew.
+
+        Returns:
+            Seconds.
+
+        Raises:
+            TtaError: `error` itself, where the call has failed.
+        """
+        self._failed += 1
+        wait_s = None if begun else self._policy.before_next(error, self._failed, self._draw())
+        if wait_s is not None:
+            return wait_s
+        try:
+            raise error
+        finally:
+            del error  # else it and this frame hold each other, and with them what was to be sent
 
 
 def backoff_s(wait_s: float, max_wait_s: float, attempt: int, draw: float) -> float:
