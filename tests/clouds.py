@@ -29,14 +29,14 @@ from networks import SIZE
 from running import PATIENCE_S, process_environment
 from serving import until
 from tta_cloud import control, edges, identity
-from tta_edge import uplink
 from tta_edge.base import Base, own
 from tta_edge.cloud import CloudLink
 from tta_edge.enrol import enrol, load
 from tta_edge.spool import Spool
 from tta_edge.spool_file import Sample
 from tta_edge.teaching import Progress
-from tta_edge.uplink import Acknowledged, GivenUp, UplinkOptions
+from tta_edge.uplink_events import Acknowledged, Event, GivenUp, HeadCame, PatchCame
+from tta_edge.uplink_options import UplinkOptions
 from tta_runtime import sealed as seals
 from tta_runtime import theta as thetas
 from tta_runtime.bundle import Bundle
@@ -454,7 +454,7 @@ class Edge(CloudLink):
         """Wait until so many samples were handed in and each is acknowledged."""
         look(lambda: (len(self.kept.keys) >= count and not len(self.kept), len(self.kept)), lambda f: f[0])
 
-    def _do(self, events: list[uplink.Event]) -> None:
+    def _do(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, Acknowledged):
                 if event.key in self.acknowledged:
@@ -462,9 +462,9 @@ class Edge(CloudLink):
                 self.acknowledged[event.key] = event.stored, event.reason
             elif isinstance(event, GivenUp) and event.key:
                 self.given_up.append(event.key)
-            elif isinstance(event, uplink.HeadCame):
+            elif isinstance(event, HeadCame):
                 self.dates.append(msgspec.msgpack.decode(seals.decode(event.sealed).body)["issued_s"])
-            elif isinstance(event, uplink.PatchCame):
+            elif isinstance(event, PatchCame):
                 self._note(event.sealed, bytes(event.payload))
         super()._do(events)
 

@@ -18,7 +18,7 @@ from running import PATIENCE_S
 from tta_cloud.errors import StoreUnusable
 from tta_cloud.reading import read
 from tta_edge.enrol import load
-from tta_edge.uplink import UplinkOptions
+from tta_edge.uplink_options import UplinkOptions
 from tta_runtime.bundle import Bundle
 from tta_runtime.link import Fetch, Hello, encode_message
 

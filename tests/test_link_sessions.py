@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from tta_cloud import session as cloud_side
 from tta_cloud.session import Arrived, CloudSession, Gone, Refused, SessionOptions
-from tta_edge import uplink as edge_side
-from tta_edge.uplink import (
+from tta_edge.uplink import Uplink
+from tta_edge.uplink_events import (
     Acknowledged,
     Connect,
     Garbled,
@@ -30,10 +30,10 @@ from tta_edge.uplink import (
     Online,
     PatchCame,
     RootCame,
-    Uplink,
-    UplinkOptions,
-    Upload,
 )
+from tta_edge.uplink_options import UplinkOptions
+from tta_edge.uplink_phase import TRANSITIONS, Phase
+from tta_edge.uplink_samples import Upload
 from tta_runtime import errors, link, wire
 
 SEEDS = int(os.environ.get("TTA_SEEDS", "40"))
@@ -330,7 +330,7 @@ def test_l16_a_refusal_leaves_everything_as_it_was():
     assert session.answer(arrived, link.Accepted(id=2, key=key(2), stored=True))
 
 
-@pytest.mark.parametrize("table", [cloud_side.TRANSITIONS, cloud_side.DOOR, edge_side.TRANSITIONS])
+@pytest.mark.parametrize("table", [cloud_side.TRANSITIONS, cloud_side.DOOR, TRANSITIONS])
 def test_a_table_covers_every_phase(table):
     assert set(table) == set(type(next(iter(table))))
 
@@ -377,7 +377,7 @@ class Edge:
         welcome = replace(WELCOME, id=hello.id, **welcome)
         events, sends = self.get(welcome)
         assert events == [Online(welcome)]
-        assert self.uplink.phase is edge_side.Phase.ONLINE
+        assert self.uplink.phase is Phase.ONLINE
         self.first = sends
         return self
 
@@ -458,10 +458,11 @@ def test_l8_what_is_not_answered_is_sent_again_the_same_and_later_each_time():
     edge = Edge(answer_s=5.0, max_answer_s=12.0).online()
     edge.offer(1)
     (sent,) = edge.sends()
-    times, tries = [], edge.uplink._uploads[key(1)].tries
+    (request,) = edge.uplink._samples.all()
+    times, tries = [], request.tries
     for _ in range(100):
         edge.alive(edge.now_s + 0.5)
-        if edge.uplink._uploads[key(1)].tries > tries:
+        if request.tries > tries:
             tries += 1
             times.append(edge.now_s)
     gaps = np.diff([0.0, *times])
@@ -525,7 +526,7 @@ def test_l11_any_message_is_a_sign_of_life_and_an_edge_that_only_listens_says_so
         for message in sends:
             said.append(now_s)
             edge.get(link.Noted(id=message.id))
-    assert edge.uplink.phase is edge_side.Phase.ONLINE
+    assert edge.uplink.phase is Phase.ONLINE
     assert max(np.diff(said)) <= 20.0 / 3
 
 
@@ -673,7 +674,7 @@ def test_l15_a_patch_that_could_not_be_kept_is_fetched_again_later():
     assert any(isinstance(m, link.Fetch) for m in edge.sends(10.0))
     edge.uplink.have(1, 2)
     edge.uplink.lack(1, 1, held=(0, 0))  # a newer one was taken meanwhile
-    assert edge.uplink._have == (1, 2)
+    assert edge.uplink._patches.have == (1, 2)
 
 
 def test_pushed_messages_are_handed_on_as_they_are():
@@ -763,7 +764,7 @@ def test_whatever_comes_in_neither_end_raises(messages):
     for message in messages:
         edge.uplink.receive(message, 0.0)
         session.receive(PEER, USER, message, 0.0)
-    assert edge.uplink.phase is edge_side.Phase.ONLINE
+    assert edge.uplink.phase is Phase.ONLINE
     assert USER in session.online
 
 
@@ -1041,7 +1042,7 @@ def test_whatever_the_line_does_each_sample_arrives_once_and_the_newest_patch_is
     world = World(seed)
     world.run()
     for edge in world.edges:
-        assert edge.uplink.phase is edge_side.Phase.ONLINE
+        assert edge.uplink.phase is Phase.ONLINE
         assert len(edge.made) > 10
         assert edge.spool == {}
         assert edge.uplink.holds == frozenset()

@@ -20,7 +20,6 @@ import numpy as np
 import zmq
 import zmq.utils.monitor
 
-from tta_edge import uplink
 from tta_edge.base import Base
 from tta_edge.enrol import Enrolment
 from tta_edge.errors import SpoolError
@@ -28,7 +27,23 @@ from tta_edge.events import Reason
 from tta_edge.spool import Spool
 from tta_edge.spool_file import Sample
 from tta_edge.teaching import Mode, Progress
-from tta_edge.uplink import Uplink, UplinkOptions, Upload
+from tta_edge.uplink import Uplink
+from tta_edge.uplink_events import (
+    Acknowledged,
+    Connect,
+    Event,
+    GivenUp,
+    HeadCame,
+    Held,
+    Lost,
+    Online,
+    PatchCame,
+    RootCame,
+)
+from tta_edge.uplink_options import UplinkOptions
+from tta_edge.uplink_phase import Phase
+from tta_edge.uplink_request import Frames
+from tta_edge.uplink_samples import Upload
 from tta_edge.wire import CloudInfo
 from tta_runtime import __version__
 from tta_runtime import sealed as seals
@@ -209,7 +224,7 @@ class CloudLink:
                 events, sends = self._uplink.receive([frame.buffer for frame in frames], time.monotonic())
                 self._send(sends)
                 self._do(events)
-                if self._uplink.phase in (uplink.Phase.WAITING, uplink.Phase.CLOSED):
+                if self._uplink.phase in (Phase.WAITING, Phase.CLOSED):
                     return  # the socket is closed
 
     def _hand_over(self) -> None:
@@ -242,7 +257,7 @@ class CloudLink:
                 self._done.append(found.key)
                 log.warning("a sample cannot be sent: %s", error)
 
-    def _send(self, sends: list[uplink.Frames]) -> None:
+    def _send(self, sends: list[Frames]) -> None:
         if self._socket is None:
             return
         for frames in sends:
@@ -253,34 +268,34 @@ class CloudLink:
 
     # ------------------------------------------------------------------------------------------ events
 
-    def _do(self, events: list[uplink.Event]) -> None:
+    def _do(self, events: list[Event]) -> None:
         for event in events:
-            if isinstance(event, uplink.Connect):
+            if isinstance(event, Connect):
                 self._connect()
-            elif isinstance(event, uplink.Online):
+            elif isinstance(event, Online):
                 self._problem = ""
                 self._uplink.newest_root(event.welcome.root_version)
                 log.info("the cloud is there, group `%s`", event.welcome.group)
-            elif isinstance(event, uplink.Lost):
+            elif isinstance(event, Lost):
                 self._problem = f"{event.code}: {event.cause}"
                 self._disconnect()
                 log.warning("the cloud is not there (%s): %s", event.code, event.cause)
-            elif isinstance(event, uplink.Acknowledged):
+            elif isinstance(event, Acknowledged):
                 self._problem = ""
                 self._done.append(event.key)
                 self._sent += 1
                 self._refused += not event.stored
-            elif isinstance(event, uplink.Held):
+            elif isinstance(event, Held):
                 if not self._problem:
                     log.warning("the cloud takes no samples now, they wait: %s", event.cause)
                 self._problem = f"{event.code}: {event.cause}"
-            elif isinstance(event, uplink.HeadCame):
+            elif isinstance(event, HeadCame):
                 self._checked(lambda sealed=event.sealed: self._take_head(sealed))  # type: ignore[misc]
-            elif isinstance(event, uplink.PatchCame):
+            elif isinstance(event, PatchCame):
                 self._checked(lambda came=event: self._take_patch(came.sealed, came.payload))  # type: ignore[misc]
-            elif isinstance(event, uplink.RootCame):
+            elif isinstance(event, RootCame):
                 self._checked(lambda sealed=event.sealed: self._take_root(sealed))  # type: ignore[misc]
-            elif isinstance(event, uplink.GivenUp):
+            elif isinstance(event, GivenUp):
                 if event.key:
                     self._done.append(event.key)
                 log.warning("given up: %s (%s): %s", event.what, event.code, event.cause)
