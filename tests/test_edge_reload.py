@@ -129,11 +129,11 @@ def test_a_new_bundle_of_the_same_source_keeps_every_stream_bit_for_bit(link, va
 def test_the_same_bundle_again_keeps_its_engines(link):
     with serves(link) as (server, client):
         client.predict(X)
-        engines = server._responder._hosts["default"].engines
+        engines = server._responder._served.host("default").engines
         before = stream(client)
         done = client.reload()
         assert (done.changed, done.kept_streams) == (False, 1)
-        assert server._responder._hosts["default"].engines is engines
+        assert server._responder._served.host("default").engines is engines
         assert stream(client) == before
         assert client.status().bundles[0].loads == 2
 
@@ -144,7 +144,7 @@ def test_the_engines_of_the_old_bundle_are_gone_afterwards(link, variants, polic
         client.predict(X)
         steps(client, 1)
         gone = threading.Event()
-        weakref.finalize(server._responder._hosts["default"].engines, gone.set)
+        weakref.finalize(server._responder._served.host("default").engines, gone.set)
         link.point(variants / "same_source")
         client.reload()
         client.info()  # the answering thread has turned to something else

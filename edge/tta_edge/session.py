@@ -7,7 +7,7 @@ comes in as an argument; sockets, threads and queues are in service.py and clien
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -84,6 +84,12 @@ class Arrived:
     def nbytes(self) -> int:
         """What its tensors hold of memory."""
         return sum(array.nbytes for array in self.tensors.values())
+
+
+Emit = Callable[[Arrived, Reply, Tensors], None]
+"""Takes a reply to an open request, or a part of one, and its tensors."""
+Refuse = Callable[[Arrived, TtaError], None]
+"""Takes the error that an open request is answered with."""
 
 
 @dataclass(frozen=True)

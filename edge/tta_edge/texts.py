@@ -26,7 +26,7 @@ from tta_edge.config import Config
 from tta_edge.errors import Cancelled, Internal, SessionExists
 from tta_edge.events import Event, Reason, Tell
 from tta_edge.hosting import Host, pass_bytes
-from tta_edge.session import Arrived
+from tta_edge.session import Arrived, Emit, Refuse
 from tta_edge.sessions import AllInUse, HeldSession, Sessions, language_model
 from tta_edge.stats import Stats
 from tta_edge.store import Key
@@ -71,7 +71,6 @@ log = logging.getLogger(__name__)
 
 Answer = tuple[Reply, Tensors]
 Steps = Generator[None, None, Answer]
-Emit = Callable[[Arrived, Reply, Tensors], None]
 
 
 @dataclass(eq=False)
@@ -118,7 +117,7 @@ class Texts:
         tell: Tell,
         call: Callable[[Call], None],
         finish: Emit,
-        refuse: Callable[[Arrived, TtaError], None],
+        refuse: Refuse,
         emit: Emit,
         waited_for: Callable[[Arrived], bool],
         clock: Callable[[], float] = time.monotonic,
