@@ -24,7 +24,8 @@ from running import PATIENCE_S, process_environment
 from snapshots import unchanged
 from tta_exporters.cli import app, main
 from tta_exporters.sources import load_network
-from tta_runtime import Model
+from tta_runtime import Bundle, Model
+from tta_runtime.errors import FileTampered
 
 COMMANDS = ("build", "check", "info", "warm-up", "attack", "train-stream", "build-text")
 
@@ -155,6 +156,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         folder / "out" / "bundle",
     )
     return Exported(folder, built)
+
+
+@pytest.fixture
+def builder() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
 
 
 @pytest.fixture
@@ -519,8 +525,8 @@ def test_tensorrt_that_is_not_installed_ends_with_3(
     assert "tta-runtime[rtx]" in assert_one_line(result.err, "extra-missing")
 
 
+@pytest.mark.usefixtures("builder")
 def test_tensorrt_says_what_it_refuses(bundle: Path, run) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
     assert run("check", bundle, "--tensorrt").status == 0
     file = bundle / "forward.onnx"
     model = onnx.load(file, load_external_data=False)
@@ -532,3 +538,70 @@ def test_tensorrt_says_what_it_refuses(bundle: Path, run) -> None:
     assert result.status == 1
     (line,) = [line for line in result.out.splitlines() if line.startswith("FAIL")]
     assert "node unknown_to_tensorrt (Unique)" in line
+
+
+@pytest.mark.usefixtures("builder")
+def test_build_for_tensorrt_writes_each_graph_for_it_too(folder: Path, run) -> None:
+    out = folder / "bundle"
+    options = ["--methods", "source,tent", "--input", "6", "--classes", "3", "--parity", "0", "--json"]
+    for_tensorrt = ["--tensorrt", "--tensorrt-targets", "8.9"]
+    result = run("build", f"{folder}/models.py:tiny", *options, *for_tensorrt, "-o", out)
+    assert result.status == 0, result.err
+    printed = json.loads(result.out)
+    bundle = Bundle.open(out)
+    graphs = bundle.manifest.graphs
+    assert {key: graph.tensorrt for key, graph in graphs.items()} == {
+        "forward": "forward.tensorrt.onnx",
+        "step.tent": "step.tent.tensorrt.onnx",
+    }
+    for key, graph in graphs.items():
+        assert graph.tensorrt in bundle.manifest.files
+        variant = onnx.load(bundle.tensorrt_file(key))
+        assert [port.name for port in variant.graph.input] == [port.name for port in graph.inputs]
+        assert [port.name for port in variant.graph.output] == [port.name for port in graph.outputs]
+    assert printed["bytes"] == sum(
+        file.stat().st_size for file in out.iterdir() if file.name != "manifest.json"
+    )
+    spoilt = Path(shutil.copytree(out, folder / "spoilt"))
+    flip_byte(spoilt, "step.tent.tensorrt.onnx")
+    with pytest.raises(FileTampered, match=r"step\.tent\.tensorrt\.onnx"):
+        Bundle.open(spoilt)
+
+
+@pytest.mark.usefixtures("builder")
+@pytest.mark.parametrize(
+    ("targets", "status", "code", "says"),
+    [
+        ("9.9", 2, "option", "compute capability '9.9' is not one that tensorrt-rtx"),
+        ("8.9,turing", 2, "option", "'turing'"),
+        (",", 2, "option", "no compute capability is named"),
+        (
+            "7.5",
+            1,
+            "check-failed",
+            "graph forward: TensorRT's builder refuses it",
+        ),  # it has no float32 products
+    ],
+)
+def test_a_bundle_for_a_gpu_that_tensorrt_does_not_build_for_is_not_made(
+    folder: Path, run, targets: str, status: int, code: str, says: str
+) -> None:
+    options = ["--methods", "source", "--input", "6", "--classes", "3", "-o", folder / "bundle"]
+    with unchanged(folder):
+        result = run(
+            "build", f"{folder}/models.py:tiny", *options, "--tensorrt", "--tensorrt-targets", targets
+        )
+    assert result.status == status, result.err
+    assert says in assert_one_line(result.err, code)
+    assert result.out == ""
+
+
+def test_build_for_tensorrt_without_a_builder_ends_with_3(
+    folder: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    options = ["--methods", "source", "--input", "6", "--classes", "3", "-o", folder / "bundle"]
+    with unchanged(folder):
+        result = run("build", f"{folder}/models.py:tiny", *options, "--tensorrt")
+    assert result.status == 3
+    assert "pip install 'tta-runtime[rtx]'" in assert_one_line(result.err, "extra-missing")

@@ -31,6 +31,7 @@ _EXIT_CODES = {
     "output-unwritable": USAGE,
     "extra-missing": MISSING,
     "engine-missing": MISSING,
+    "check-failed": CHECK_FAILED,
     "parity": CHECK_FAILED,
     "diverged": CHECK_FAILED,
     "interrupted": INTERRUPTED,
