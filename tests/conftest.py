@@ -1,4 +1,4 @@
-"""What tests of a real cloud share: the program that starts services, and the bundle that they teach."""
+"""What tests share: the program that starts cloud services, the bundle that these teach, a language model's bundle."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Imported where they are used: most tests need none of it, and torch takes seconds.
 
+pytest.register_assert_rewrite("agreement")  # so that what differs is shown, as in a test itself
 
 MANY_DESCRIPTORS = 200
 """Some tests allow their process 256, and `select` knows 1024."""
@@ -46,3 +47,13 @@ def bundle() -> Bundle:
     from tta_runtime.bundle import Bundle
 
     return Bundle.open(exported.built("resnet", METHODS).path)
+
+
+@pytest.fixture(scope="session")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small language model's bundle; do not change its files."""
+    import tiny_text
+
+    path = tmp_path_factory.mktemp("text") / "bundle"
+    tiny_text.build(path)
+    return path

@@ -40,13 +40,6 @@ LONG = 1 << 14
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "bundle"
-    tiny_text.build(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def long(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "long"
     tiny_text.build(path, context=LONG)
@@ -54,14 +47,14 @@ def long(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(bundle):
-    return TextModel.open(bundle, options=EngineOptions(threads=1))
+def model(text_bundle):
+    return TextModel.open(text_bundle, options=EngineOptions(threads=1))
 
 
 @pytest.fixture(scope="module")
-def served(bundle):
+def served(text_bundle):
     """A daemon for tests that leave nothing behind but sessions of their own names."""
-    with running(bundle) as server, Client(server.endpoint, timeout_s=30.0) as client:
+    with running(text_bundle) as server, Client(server.endpoint, timeout_s=30.0) as client:
         yield client
 
 
@@ -173,8 +166,8 @@ def test_what_is_generated_becomes_part_of_the_session_on_request(served, model)
         list(served.generate(OTHER, absorb=True))
 
 
-def test_metrics_tell_of_tokens_and_sessions(bundle):
-    with running(bundle) as server, Client(server.endpoint) as client:
+def test_metrics_tell_of_tokens_and_sessions(text_bundle):
+    with running(text_bundle) as server, Client(server.endpoint) as client:
         assert 'tta_text_tokens_total{bundle="default",use="absorbed"} 0.0' in server.exposition().decode()
         client.absorb(TEXT, "s")
         client.score(OTHER, "s")
@@ -235,8 +228,8 @@ def test_bad_input_is_refused_by_name_and_no_session_notices(served):
     assert sessions(served) == listed
 
 
-def test_a_text_over_the_limit_is_refused(bundle):
-    with running(bundle, max_text_bytes=100) as server, Client(server.endpoint) as client:
+def test_a_text_over_the_limit_is_refused(text_bundle):
+    with running(text_bundle, max_text_bytes=100) as server, Client(server.endpoint) as client:
         client.absorb("x" * 100, "s")
         before = answers(client, "s")
         with pytest.raises(errors.TooLarge, match="101 bytes, the limit is 100"):
@@ -244,8 +237,8 @@ def test_a_text_over_the_limit_is_refused(bundle):
         assert answers(client, "s") == before
 
 
-def test_a_method_that_absorbs_nothing_says_so_before_it_generates(bundle):
-    with running(bundle, method="source") as server, Client(server.endpoint) as client:
+def test_a_method_that_absorbs_nothing_says_so_before_it_generates(text_bundle):
+    with running(text_bundle, method="source") as server, Client(server.endpoint) as client:
         for ask in (lambda: client.absorb(TEXT, "s"), lambda: next(client.generate(TEXT, "s", absorb=True))):
             with pytest.raises(errors.AbsorbUnsupported, match="stream"):
                 ask()
@@ -275,10 +268,10 @@ def raw(endpoint, message, tensors):
         socket.close()
 
 
-def test_images_and_text_in_one_daemon(bundle, tmp_path, model):
+def test_images_and_text_in_one_daemon(text_bundle, tmp_path, model):
     tiny_bundle.build(tmp_path / "images")
     x, _ = tiny_bundle.samples(16)
-    both = {"lm": BundleConfig(path=str(bundle))}
+    both = {"lm": BundleConfig(path=str(text_bundle))}
     with running(tmp_path / "images", bundles=both) as server, Client(server.endpoint) as client:
         assert client.predict(x).adapted
         with pytest.raises(errors.WrongTask, match="or the request predict"):
@@ -291,12 +284,12 @@ def test_images_and_text_in_one_daemon(bundle, tmp_path, model):
         assert client.predict(x).adapted
 
 
-def test_a_first_bundle_of_text_is_not_taught_by_a_cloud(bundle, tmp_path):
+def test_a_first_bundle_of_text_is_not_taught_by_a_cloud(text_bundle, tmp_path):
     from tta_edge.errors import ModeRefused
 
     with (
         pytest.raises(ModeRefused, match="language model"),
-        running(bundle, mode="cloud", state_dir=str(tmp_path)),
+        running(text_bundle, mode="cloud", state_dir=str(tmp_path)),
     ):
         pass
 
@@ -399,7 +392,7 @@ def test_an_absorb_waits_for_the_text_that_the_same_session_writes(long):
 # --- many sessions, little memory ---------------------------------------------------------------------
 
 
-def test_64_sessions_under_a_memory_cap_come_back_to_the_last_bit(bundle, model, tmp_path):
+def test_64_sessions_under_a_memory_cap_come_back_to_the_last_bit(text_bundle, model, tmp_path):
     cap = 6 * model.session_bytes + pass_bytes(model, CONTEXT)
     names = [f"s{number}" for number in range(64)]
     texts = {
@@ -419,7 +412,7 @@ def test_64_sessions_under_a_memory_cap_come_back_to_the_last_bit(bundle, model,
             found.update({name: reply.nats.tobytes() for name, reply in zip(names, replies, strict=True)})
 
     settings = {"state_dir": str(tmp_path / "state"), "max_session_bytes": cap, "disk": Unsynced()}
-    with running(bundle, **settings) as server, Client(server.endpoint) as client:
+    with running(text_bundle, **settings) as server, Client(server.endpoint) as client:
         use()
         status = client.status()
         assert len(status.sessions) <= 7
@@ -431,8 +424,8 @@ def test_64_sessions_under_a_memory_cap_come_back_to_the_last_bit(bundle, model,
     assert found == {name: expected(reference(model, *texts[name])) for name in names}
 
 
-def test_a_cap_without_a_state_directory_refuses_the_next_session_only(bundle):
-    with running(bundle, max_sessions=2) as server, Client(server.endpoint) as client:
+def test_a_cap_without_a_state_directory_refuses_the_next_session_only(text_bundle):
+    with running(text_bundle, max_sessions=2) as server, Client(server.endpoint) as client:
         for name in ("one", "two"):
             client.absorb(TEXT, name)
         before = answers(client, "one", "two")
@@ -446,10 +439,10 @@ def test_a_cap_without_a_state_directory_refuses_the_next_session_only(bundle):
             client.score(OTHER, "one")
 
 
-def test_what_cannot_go_to_disk_stays_in_memory(bundle, tmp_path):
+def test_what_cannot_go_to_disk_stays_in_memory(text_bundle, tmp_path):
     disk = Failing()
     settings = {"max_sessions": 1, "state_dir": str(tmp_path / "state"), "disk": disk}
-    with running(bundle, **settings) as server, Client(server.endpoint) as client:
+    with running(text_bundle, **settings) as server, Client(server.endpoint) as client:
         disk.broken = True
         assert not client.absorb(TEXT, "one").durable
         before = answers(client, "one")
@@ -459,9 +452,9 @@ def test_what_cannot_go_to_disk_stays_in_memory(bundle, tmp_path):
         assert client.status().disk_error
 
 
-def test_a_session_that_was_pushed_off_the_disk_is_saved_when_it_leaves_memory(bundle, tmp_path):
+def test_a_session_that_was_pushed_off_the_disk_is_saved_when_it_leaves_memory(text_bundle, tmp_path):
     settings = {"max_sessions": 3, "max_stored_streams": 2, "state_dir": str(tmp_path / "state")}
-    with running(bundle, **settings) as server, Client(server.endpoint) as client:
+    with running(text_bundle, **settings) as server, Client(server.endpoint) as client:
         for name in ("a", "b", "c"):
             client.absorb(name + TEXT, name)
         assert not (tmp_path / "state" / "streams" / "default" / "a").exists()
@@ -472,8 +465,8 @@ def test_a_session_that_was_pushed_off_the_disk_is_saved_when_it_leaves_memory(b
         assert answers(client, "a") == before
 
 
-def test_a_session_in_use_is_not_what_makes_room(bundle, tmp_path):
-    host = hosting.load("default", BundleConfig(path=str(bundle)), Config(threads=1))
+def test_a_session_in_use_is_not_what_makes_room(text_bundle, tmp_path):
+    host = hosting.load("default", BundleConfig(path=str(text_bundle)), Config(threads=1))
     told = []
     store = StateStore(tmp_path / "state", told.append, disk=Unsynced())
     saver = Saver(store)
@@ -500,10 +493,10 @@ def test_a_session_in_use_is_not_what_makes_room(bundle, tmp_path):
 # --- restarts -----------------------------------------------------------------------------------------
 
 
-def test_kill_9_keeps_what_was_confirmed(bundle, model, tmp_path):
+def test_kill_9_keeps_what_was_confirmed(text_bundle, model, tmp_path):
     names = [f"s{number}" for number in range(8)]
     with (
-        daemon(bundle, "--state-dir", tmp_path / "state", "--threads", "1") as served,
+        daemon(text_bundle, "--state-dir", tmp_path / "state", "--threads", "1") as served,
         Client(served.endpoint) as client,
     ):
         for name in names:
@@ -511,7 +504,7 @@ def test_kill_9_keeps_what_was_confirmed(bundle, model, tmp_path):
         before = answers(client, *names)
         served.stop(signal.SIGKILL)
     with (
-        daemon(bundle, "--state-dir", tmp_path / "state", "--threads", "1") as served,
+        daemon(text_bundle, "--state-dir", tmp_path / "state", "--threads", "1") as served,
         Client(served.endpoint) as client,
     ):
         assert client.status().stored_sessions == 8
@@ -524,12 +517,12 @@ def test_kill_9_keeps_what_was_confirmed(bundle, model, tmp_path):
         assert served.stop() == 0
 
 
-def test_kill_9_at_any_moment_leaves_a_whole_session(bundle, model, tmp_path):
+def test_kill_9_at_any_moment_leaves_a_whole_session(text_bundle, model, tmp_path):
     pieces = [f"{number} {TEXT}" for number in range(400)]
     confirmed = 0
     state = ("--state-dir", tmp_path / "state", "--threads", "1")
     for kill_after in (3, 11):
-        with daemon(bundle, *state) as served:
+        with daemon(text_bundle, *state) as served:
             killer = threading.Timer(
                 random.random() * 0.05, lambda: os.kill(served.process.pid, signal.SIGKILL)
             )
@@ -545,7 +538,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_session(bundle, model, tmp_path):
             killer.join()
             served.wait()
         with (
-            daemon(bundle, "--state-dir", tmp_path / "state", "--threads", "1") as served,
+            daemon(text_bundle, "--state-dir", tmp_path / "state", "--threads", "1") as served,
             Client(served.endpoint) as client,
         ):
             found = answers(client, "s")["s"]
@@ -572,9 +565,9 @@ def test_a_daemon_that_is_told_to_stop_does_not_wait_for_a_long_text(long, tmp_p
         assert sessions(client)["s"].absorbed == len(TEXT)
 
 
-def test_a_damaged_session_is_set_aside_and_the_others_are_there(bundle, tmp_path):
+def test_a_damaged_session_is_set_aside_and_the_others_are_there(text_bundle, tmp_path):
     state = tmp_path / "state"
-    with running(bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:
+    with running(text_bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:
         for name in ("good", "bad"):
             client.absorb(TEXT, name)
         before = answers(client, "good")
@@ -582,7 +575,7 @@ def test_a_damaged_session_is_set_aside_and_the_others_are_there(bundle, tmp_pat
         data = bytearray(slot.read_bytes())
         data[-5] ^= 1
         slot.write_bytes(data)
-    with running(bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:
+    with running(text_bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:
         assert answers(client, "good") == before
         with pytest.raises(UnknownSession):
             client.score(OTHER, "bad")
@@ -590,19 +583,19 @@ def test_a_damaged_session_is_set_aside_and_the_others_are_there(bundle, tmp_pat
         assert client.absorb(TEXT, "bad").absorbed == len(TEXT)
 
 
-def test_a_reset_session_is_gone_after_a_restart(bundle, tmp_path):
-    with running(bundle, state_dir=str(tmp_path / "state")) as server, Client(server.endpoint) as client:
+def test_a_reset_session_is_gone_after_a_restart(text_bundle, tmp_path):
+    with running(text_bundle, state_dir=str(tmp_path / "state")) as server, Client(server.endpoint) as client:
         client.absorb(TEXT, "s")
         assert client.reset("s").durable
         assert client.status().stored_sessions == 0
-    with running(bundle, state_dir=str(tmp_path / "state")) as server, Client(server.endpoint) as client:
+    with running(text_bundle, state_dir=str(tmp_path / "state")) as server, Client(server.endpoint) as client:
         assert client.status().stored_sessions == 0
         with pytest.raises(UnknownSession):
             client.score(OTHER, "s")
 
 
-def test_a_reload_ends_the_sessions_of_another_model_and_keeps_those_of_the_same(bundle, long, tmp_path):
-    link = Link(tmp_path / "link", bundle)
+def test_a_reload_ends_the_sessions_of_another_model_and_keeps_those_of_the_same(text_bundle, long, tmp_path):
+    link = Link(tmp_path / "link", text_bundle)
     settings = {"state_dir": str(tmp_path / "state")}
     with running(link.path, **settings) as server, Client(server.endpoint, timeout_s=60.0) as client:
         client.absorb(TEXT, "s")
@@ -625,12 +618,12 @@ def test_a_reload_ends_the_sessions_of_another_model_and_keeps_those_of_the_same
         client.absorb(TEXT, "t")
 
 
-def test_a_reload_ends_what_is_written_with_the_old_model(bundle, long, tmp_path):
+def test_a_reload_ends_what_is_written_with_the_old_model(text_bundle, long, tmp_path):
     link = Link(tmp_path / "link", long)
     with running(link.path) as server, Client(server.endpoint, timeout_s=60.0) as client:
         stream = client.generate("abc", max_tokens=LONG)
         next(stream)
-        link.point(bundle)
+        link.point(text_bundle)
         with Client(server.endpoint, timeout_s=60.0) as other:
             assert other.reload().changed
         with pytest.raises(Cancelled, match="reloaded"):
@@ -640,8 +633,8 @@ def test_a_reload_ends_what_is_written_with_the_old_model(bundle, long, tmp_path
 # --- out of a daemon and into another ------------------------------------------------------------------
 
 
-def test_a_session_moves_to_another_daemon_to_the_last_bit(bundle, tmp_path):
-    one, two = running(bundle), running(bundle, state_dir=str(tmp_path / "state"))
+def test_a_session_moves_to_another_daemon_to_the_last_bit(text_bundle, tmp_path):
+    one, two = running(text_bundle), running(text_bundle, state_dir=str(tmp_path / "state"))
     with one as first, two as second, Client(first.endpoint) as here, Client(second.endpoint) as there:
         here.absorb(TEXT, "s")
         data = here.export_session("s")
@@ -654,7 +647,7 @@ def test_a_session_moves_to_another_daemon_to_the_last_bit(bundle, tmp_path):
         assert answers(here, "s")["s"] == answers(there, "moved")["moved"]
 
 
-def test_what_another_model_exported_is_refused_by_name(bundle, long, served, tmp_path):
+def test_what_another_model_exported_is_refused_by_name(long, served, tmp_path):
     import json
 
     from bad_text_bundles import WORDS, tokenizer
@@ -686,9 +679,9 @@ def test_what_another_model_exported_is_refused_by_name(bundle, long, served, tm
     assert sessions(served) == listed
 
 
-def test_scores_write_nothing(bundle, tmp_path):
+def test_scores_write_nothing(text_bundle, tmp_path):
     state = tmp_path / "state"
-    with running(bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:
+    with running(text_bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:
         client.absorb(TEXT, "s")
         before = files(state / "streams")
         client.score(OTHER, "s")

@@ -25,10 +25,8 @@ TEXT = "Grüße: the quick brown fox jumps over the lazy dog, again and again."
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text")
-    tiny_text.build(path / "bundle")
-    with running(path / "bundle", state_dir=str(path / "state")) as server:
+def server(text_bundle, tmp_path_factory):
+    with running(text_bundle, state_dir=str(tmp_path_factory.mktemp("text") / "state")) as server:
         yield server
 
 

@@ -10,7 +10,6 @@ import gc
 import itertools
 import logging
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import pytest
 
 import gpu_stand_ins as stand_ins
 import tiny_bundle
+from agreement import check_answers_beside_steps, check_refused, check_steps
 from snapshots import unchanged
 from tta_runtime import Bundle, EngineOptions, Engines, Model, OrtEngine, errors, trt_library
 from tta_runtime.cuda_driver import CudaDevice, CudaDriver
@@ -56,19 +56,7 @@ def models(bundle: Bundle, loader: TrtLoader, method: str, seed: int = 3) -> tup
 @pytest.mark.parametrize("method", ["tent", "teacher"])
 def test_twenty_steps_agree_with_onnx_runtime(method, bundle, loader):
     plain, there = models(bundle, loader, method)
-    for seed in range(STEPS):
-        x = samples(5 + seed % 3, seed)
-        expected, found = plain.adapt(x), there.adapt(x)
-        np.testing.assert_array_equal(found.logits, expected.logits)
-        assert found.report == expected.report
-        np.testing.assert_array_equal(there.predict(x).logits, plain.predict(x).logits)
-        np.testing.assert_array_equal(
-            there.predict(x, source=True).logits, plain.predict(x, source=True).logits
-        )
-    np.testing.assert_array_equal(there.theta, plain.theta)
-    for name, value in plain.state.items():
-        np.testing.assert_array_equal(there.state[name], value)
-    assert there.distance == plain.distance > 0
+    check_steps(plain, there, (samples(5 + seed % 3, seed) for seed in range(STEPS)))
     assert set(there.engines.providers.values()) == {"tensorrt 10.13.2.6"}
 
 
@@ -168,28 +156,7 @@ def test_bytes_go_in_as_bytes(tmp_path, loader):
 def test_answers_beside_steps_are_of_one_theta(bundle, loader):
     _, model = models(bundle, loader, "tent")
     _, replay = models(bundle, loader, "tent")
-    probe = samples(7, 99)
-    allowed = [replay.predict(probe).logits.tobytes()]
-    for seed in range(40):
-        replay.adapt(samples(8, seed))
-        allowed.append(replay.predict(probe).logits.tobytes())
-    wrong: list[int] = []
-    done = threading.Event()
-
-    def ask() -> None:
-        while not done.is_set():
-            if model.predict(probe).logits.tobytes() not in allowed:
-                wrong.append(1)
-
-    asking = [threading.Thread(target=ask) for _ in range(2)]
-    for thread in asking:
-        thread.start()
-    for seed in range(40):
-        model.adapt(samples(8, seed))
-    done.set()
-    for thread in asking:
-        thread.join()
-    assert not wrong
+    check_answers_beside_steps(model, replay, [samples(8, seed) for seed in range(40)], probe=samples(7, 99))
 
 
 def test_an_engine_of_onnx_runtime_takes_what_a_plan_left_on_the_gpu(bundle, loader):
@@ -215,15 +182,7 @@ def test_an_engine_of_onnx_runtime_takes_what_a_plan_left_on_the_gpu(bundle, loa
     ],
 )
 def test_wrong_inputs_are_refused_and_the_next_run_works(change, says, bundle, loader):
-    engine = loader(bundle, "forward", EngineOptions())
-    good = {"x": samples(4), "theta": bundle.theta0}
-    expected = engine.run(good)["logits"]
-    bad = dict(good)
-    change(bad)
-    with unchanged(bundle.path), pytest.raises(errors.EngineFailed, match="forward") as refusal:
-        engine.run(bad)
-    assert says in str(refusal.value)
-    np.testing.assert_array_equal(engine.run(good)["logits"], expected)
+    check_refused(bundle, loader(bundle, "forward", EngineOptions()), samples(4), change, says)
 
 
 def test_inputs_of_different_lengths_are_refused(bundle, loader):

@@ -6,13 +6,13 @@ The code is the GPU's; here the device is the memory of the CPU, so that answers
 from __future__ import annotations
 
 import dataclasses
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tiny_bundle
+from agreement import check_answers_beside_steps, check_refused, check_steps
 from tta_edge.adapt import STANDARD, Stream
 from tta_edge.builtin import builtin_bundle
 from tta_edge.events import Reason
@@ -48,18 +48,8 @@ def test_twenty_steps_agree_with_the_plain_path_to_the_bit(bundle, method, tiny)
     path = tiny if bundle == "tiny" else builtin_bundle()
     plain = Model.open(path, method=method, seed=3, options=PLAIN)
     there = Model.open(path, method=method, seed=3, options=RESIDENT)
-    for x in batches(path):
-        expected, found = plain.adapt(x), there.adapt(x)
-        np.testing.assert_array_equal(found.logits, expected.logits)
-        assert found.report == expected.report
-        np.testing.assert_array_equal(there.predict(x).logits, plain.predict(x).logits)
+    check_steps(plain, there, batches(path))
     assert isinstance(unfetched(there.checkpoint, "theta"), Resident)
-    np.testing.assert_array_equal(there.theta, plain.theta)
-    assert there.state.keys() == plain.state.keys()
-    for name, value in plain.state.items():
-        np.testing.assert_array_equal(there.state[name], value)
-    assert (there.digest, there.distance) == (plain.digest, plain.distance)
-    assert there.distance > 0
 
 
 def test_only_logits_and_report_come_to_the_host(tiny):
@@ -180,43 +170,14 @@ def test_an_engine_takes_what_another_left_on_its_device(tiny):
 )
 def test_wrong_inputs_are_refused_as_on_the_plain_path(change, says, tiny):
     bundle = Bundle.open(tiny)
-    engine = OrtEngine(bundle, "forward", RESIDENT)
-    good = {"x": batches(tiny, 1)[0], "theta": bundle.theta0}
-    expected = engine.run(good)["logits"]
-    bad = dict(good)
-    change(bad)
-    with pytest.raises(errors.EngineFailed, match="forward") as refusal:
-        engine.run(bad)
-    assert says in str(refusal.value)
-    np.testing.assert_array_equal(engine.run(good)["logits"], expected)
+    check_refused(bundle, OrtEngine(bundle, "forward", RESIDENT), batches(tiny, 1)[0], change, says)
 
 
 def test_answers_beside_steps_are_of_one_theta(tiny):
     engines = Engines.load(tiny, methods=["tent"], options=RESIDENT)
     model, replay = Model(engines, "tent"), Model(engines, "tent")
     steps = batches(tiny, 40)
-    probe = steps[0]
-    allowed = [replay.predict(probe).logits.tobytes()]
-    for x in steps:
-        replay.adapt(x)
-        allowed.append(replay.predict(probe).logits.tobytes())
-    wrong: list[int] = []
-    done = threading.Event()
-
-    def ask() -> None:
-        while not done.is_set():
-            if model.predict(probe).logits.tobytes() not in allowed:
-                wrong.append(1)
-
-    asking = [threading.Thread(target=ask) for _ in range(2)]
-    for thread in asking:
-        thread.start()
-    for x in steps:
-        model.adapt(x)
-    done.set()
-    for thread in asking:
-        thread.join()
-    assert not wrong
+    check_answers_beside_steps(model, replay, steps, probe=steps[0])
 
 
 def test_guards_fetch_theta_and_nothing_else(tiny):

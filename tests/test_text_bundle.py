@@ -22,16 +22,9 @@ MANY = "Grüße, 世界 👩‍👩‍👧! \n\ttab\u0000 end"
 ANY_TEXT = st.text(max_size=60)
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    path = tmp_path_factory.mktemp("good") / "bundle"
-    tiny_text.build(path)
-    return path
-
-
 @pytest.fixture
-def path(good, tmp_path):
-    return Path(shutil.copytree(good, tmp_path / "bundle"))
+def path(text_bundle, tmp_path):
+    return Path(shutil.copytree(text_bundle, tmp_path / "bundle"))
 
 
 @pytest.mark.parametrize("bad", BAD_TEXT_BUNDLES, ids=lambda b: f"{b.rule}-{b.name}".replace(" ", "-"))

@@ -23,15 +23,8 @@ OTHER = b"Sphinx of black quartz"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "bundle"
-    tiny_text.build(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(bundle):
-    return TextModel.open(bundle)
+def model(text_bundle):
+    return TextModel.open(text_bundle)
 
 
 def snapshot(session):
@@ -132,7 +125,7 @@ def test_the_same_seed_gives_the_same_text_and_generating_changes_nothing(model)
     assert snapshot(session) == before
 
 
-def test_long_passes_are_cut_and_change_nothing(model, bundle, tmp_path):
+def test_long_passes_are_cut_and_change_nothing(model, tmp_path):
     tiny_text.build(tmp_path / "long", context=4 * PASS_TOKENS)
     long = TextModel.open(tmp_path / "long").session()
     text = list(TEXT * 9)[: 2 * PASS_TOKENS + 3]
@@ -233,7 +226,7 @@ def test_a_session_of_another_model_is_refused_by_name(model, change, error):
     assert snapshot(session) == before
 
 
-def test_a_session_of_another_bundle_of_the_same_shapes_is_refused(model, bundle, tmp_path):
+def test_a_session_of_another_bundle_of_the_same_shapes_is_refused(model, tmp_path):
     tiny_text.build(tmp_path / "other", context=CONTEXT + 1)
     other = TextModel.open(tmp_path / "other").session()
     other.absorb(list(TEXT))
@@ -334,26 +327,26 @@ def test_an_absorption_that_was_overtaken_is_refused(model):
     assert snapshot(session) == before
 
 
-def test_a_method_without_an_absorb_graph_absorbs_nothing(bundle):
-    session = TextModel.open(bundle, method="source").session()
+def test_a_method_without_an_absorb_graph_absorbs_nothing(text_bundle):
+    session = TextModel.open(text_bundle, method="source").session()
     for text in (TEXT, OTHER[:3]):
         with pytest.raises(errors.AbsorbUnsupported, match="Serve the bundle with stream"):
             session.absorb(list(text))
     assert session.absorbed == 0
 
 
-def test_images_and_text_do_not_mix(bundle, tmp_path):
+def test_images_and_text_do_not_mix(text_bundle, tmp_path):
     tiny_bundle.build(tmp_path / "images")
     with pytest.raises(errors.WrongTask, match="TextModel"):
-        Model.open(bundle)
+        Model.open(text_bundle)
     with pytest.raises(errors.WrongTask, match="TextModel"):
-        Model(Engines.load(bundle, task="text"))
+        Model(Engines.load(text_bundle, task="text"))
     with pytest.raises(errors.WrongTask, match="or the request predict"):
         TextModel.open(tmp_path / "images")
     with pytest.raises(errors.WrongTask):
         TextModel(Engines.load(tmp_path / "images"))
     with pytest.raises(errors.UnknownMethod, match="did you mean `stream`"):
-        TextModel.open(bundle, method="strem")
+        TextModel.open(text_bundle, method="strem")
 
 
 # --- sampling -----------------------------------------------------------------------------------------
@@ -413,5 +406,5 @@ def test_surprise_is_minus_the_logarithm_of_softmax(logits):
     assert found[0] == pytest.approx(float(expected), abs=1e-9)
 
 
-def test_a_bundle_of_text_opens_with_every_check(bundle):
-    assert Bundle.open(bundle).manifest.text.chunk == CHUNK
+def test_a_bundle_of_text_opens_with_every_check(text_bundle):
+    assert Bundle.open(text_bundle).manifest.text.chunk == CHUNK
