@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -82,6 +83,12 @@ def serve(config: ConfigFile = None, settings: HyperSettings = None, **flags: ob
         signal.set_wakeup_fd(-1)
         if ready is not None:
             ready.unlink(missing_ok=True)
+    if server.working:
+        # An engine cannot be interrupted, and a Python that ends around a running one aborts (SIGABRT). All that is
+        # to be kept is on disk by now.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _announce(ready: Path | None, form: str) -> Callable[[str], None]:
