@@ -69,7 +69,7 @@ def test_trained_weights(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet20", "resnet18", "vit_tiny"])
+@pytest.mark.parametrize("name", ZOO)
 def test_tensorrt_builds_serve_and_tent_step(name: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
     source, size, classes = ZOO[name]
