@@ -54,7 +54,7 @@ class Row:
         delta_window_bpb: like `window_bpb`, with the memory of the delta rule's session.
         delta_rule_bpb: absorbed, by the delta-rule mapper.
         full_context_bpb: with all of it before it.
-        gap_closed: by `stream`, of what the whole context gains over none.
+        gap_closed: by `stream`, of what the whole context gains over none; None where it gains nothing for certain.
         delta_gap_closed: by the delta rule.
         window_bytes, delta_window_bytes: of the windows.
         ms_per_token: to generate a token after absorbing.
@@ -71,8 +71,8 @@ class Row:
     delta_window_bpb: float
     delta_rule_bpb: float
     full_context_bpb: float
-    gap_closed: float
-    delta_gap_closed: float
+    gap_closed: float | None
+    delta_gap_closed: float | None
     window_bytes: int
     delta_window_bytes: int
     ms_per_token: float
@@ -207,7 +207,12 @@ def measure(name: str, models: dict[str, TextModel], pieces: Sequence[Piece], co
     table = np.array([bits[condition] for condition in CONDITIONS]).T / PIECE
     names = [piece.document for piece in pieces]
     means = dict(zip(CONDITIONS, table.mean(axis=0).tolist(), strict=True))
-    gap = means["no_context"] - means["full_context"]
+    found = intervals(table, names)
+    gap = (
+        means["no_context"] - means["full_context"]
+        if found["no_context_bpb - full_context_bpb"][0] > 0
+        else None
+    )
     last = list(pieces[-1].before[-context:])
     absorbed = attention.session()
     absorbed.absorb(last)
@@ -215,13 +220,13 @@ def measure(name: str, models: dict[str, TextModel], pieces: Sequence[Piece], co
         texts=name,
         context_bytes=context,
         **{f"{condition}_bpb": value for condition, value in means.items()},
-        gap_closed=(means["no_context"] - means["stream"]) / gap,
-        delta_gap_closed=(means["no_context"] - means["delta_rule"]) / gap,
+        gap_closed=None if gap is None else (means["no_context"] - means["stream"]) / gap,
+        delta_gap_closed=None if gap is None else (means["no_context"] - means["delta_rule"]) / gap,
         window_bytes=windows["attention"],
         delta_window_bytes=windows["delta"],
         ms_per_token=ms_per_token(absorbed, []),
         full_ms_per_token=ms_per_token(attention.session(), last),
-        intervals=intervals(table, names),
+        intervals=found,
         pieces=len(pieces),
         documents=len(set(names)),
     )
@@ -252,6 +257,7 @@ def intervals(table: NDArray[np.float64], documents: Sequence[str]) -> dict[str,
     none, full = columns["no_context_bpb"], columns["full_context_bpb"]
     for column, condition in (("gap_closed", "stream_bpb"), ("delta_gap_closed", "delta_rule_bpb")):
         columns[column] = (none - columns[condition]) / (none - full)
+    columns["no_context_bpb - full_context_bpb"] = none - full
     columns["window_bpb - stream_bpb"] = columns["window_bpb"] - columns["stream_bpb"]
     columns["delta_window_bpb - delta_rule_bpb"] = columns["delta_window_bpb"] - columns["delta_rule_bpb"]
     return {
@@ -276,11 +282,16 @@ def ms_per_token(session: TextSession, prompt: Sequence[int]) -> float:
 def line_of(row: Row) -> str:
     """One line for people."""
     low, high = row.intervals["gap_closed"]
+    closed = (
+        "the whole context gains nothing for certain"
+        if row.gap_closed is None
+        else f"{100 * row.gap_closed:.0f} % of the gap ({100 * low:.0f} to {100 * high:.0f})"
+    )
     return (
         f"{row.texts}, {row.context_bytes:5d} bytes: nothing {row.no_context_bpb:.3f}, window of {row.window_bytes} "
         f"{row.window_bpb:.3f}, absorbed {row.stream_bpb:.3f}, delta rule {row.delta_rule_bpb:.3f}, all "
-        f"{row.full_context_bpb:.3f} bits per byte; {100 * row.gap_closed:.0f} % of the gap ({100 * low:.0f} to "
-        f"{100 * high:.0f}); {row.ms_per_token:.2f} ms a token, {row.full_ms_per_token:.2f} with the whole context"
+        f"{row.full_context_bpb:.3f} bits per byte; {closed}; {row.ms_per_token:.2f} ms a token, "
+        f"{row.full_ms_per_token:.2f} with the whole context"
     )
 
 
