@@ -36,6 +36,11 @@ BATCHES = (1, 32)
 CLIENTS = (1, 8)
 POLICIES = ("always", "budget")
 START_S = 60.0
+# Noise collapses and drifts: what is measured is time, with steps that go on.
+ADAPTING = (
+    "--method", "tent", "--threads", str(os.cpu_count() or 1),
+    "--min-diversity", "0", "--reset-every-steps", "0", "--max-distance", "1e9",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -131,7 +136,9 @@ def measure(name: str, bundle: Path, *, rounds: int, seconds: float) -> list[dic
     seen: dict[Case, list[dict[str, float]]] = {case: [] for case in cases()}
     with ExitStack() as stack:
         engine = stack.enter_context(Child("engine", f"{bundle}:{serve_threads}"))
-        daemons = {policy: stack.enter_context(daemon(bundle, policy)) for policy in POLICIES}
+        daemons = {
+            policy: stack.enter_context(daemon(bundle, "--policy", policy, *ADAPTING)) for policy in POLICIES
+        }
         workers = {
             policy: [stack.enter_context(Child("client", daemons[policy])) for _ in range(max(CLIENTS))]
             for policy in POLICIES
@@ -186,13 +193,11 @@ def quantile(ordered: list[float], q: float) -> float:
 
 
 @contextmanager
-def daemon(bundle: Path, policy: str) -> Iterator[str]:
-    """`tta-edge serve` in a process of its own; gives its endpoint."""
+def daemon(bundle: Path, *options: str) -> Iterator[str]:
+    """`tta-edge serve` in a process of its own, with further options; gives its endpoint."""
     command = [
         sys.executable, "-m", "tta_edge", "serve", str(bundle), "--bind", "tcp://127.0.0.1:0", "--http", "off",
-        "--method", "tent", "--policy", policy, "--threads", str(os.cpu_count() or 1), "--log-level", "warning",
-        # Noise collapses and drifts: what is measured is time, with steps that go on.
-        "--min-diversity", "0", "--reset-every-steps", "0", "--max-distance", "1e9",
+        "--log-level", "warning", *options,
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:

@@ -15,16 +15,16 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from serve_overhead import START_S, daemon
+from torch import Tensor
 
 from tta_adapters.decoder import Block, Decoder, DecoderConfig
 from tta_adapters.stream import AttentionMapper
@@ -38,10 +38,12 @@ CHUNK = 256
 PROMPT = 64
 ATTENTION_ROUNDS = 2
 """Turns of what has to read the whole context first: a median of so many tokens needs no more."""
-START_S = 60.0
 CONFIG = DecoderConfig(
     vocabulary=257, layers=4, width=128, heads=4, kv_heads=4, head_width=32, hidden=344, context=20_000
 )
+
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""(tokens [1, n], cache or None) to logits [1, n, vocabulary] and the cache after them."""
 
 
 def main() -> None:
@@ -144,18 +146,19 @@ def by_engine(
     prompt = list(range(48, 48 + PROMPT))
     session = model.session()
     engines: dict[str, Callable[[], list[int]]] = {
-        "eager": lambda: eager(decoder, mapper, prompt, tokens),
+        "eager": lambda: greedy(eager(decoder, mapper), prompt, tokens),
         "runtime": lambda: list(session.generate(prompt, max_tokens=tokens)),
     }
     try:
-        engines["eager transformers"] = llama(decoder, prompt, tokens)
+        same = llama(decoder)
+        engines["eager transformers"] = lambda: greedy(same, prompt, tokens)
     except ImportError as error:
         print(f"without transformers: {error}", file=sys.stderr)
     expected = engines["eager"]()
     for name, run in engines.items():
         if run() != expected:
             raise RuntimeError(f"{name} gives another text than eager PyTorch: {run()[:9]}, {expected[:9]}")
-    with daemon(bundle) as endpoint, Client(endpoint, timeout_s=START_S) as client:
+    with daemon(bundle, "--threads", "1") as endpoint, Client(endpoint, timeout_s=START_S) as client:
 
         def served() -> list[int]:
             for _ in client.generate(bytes(prompt), max_tokens=tokens, temperature=0):
@@ -178,18 +181,28 @@ def by_engine(
 
 
 @torch.no_grad()
-def eager(decoder: Decoder, mapper: AttentionMapper, prompt: Sequence[int], tokens: int) -> list[int]:
-    """The likeliest tokens, theta added as the graph adds it, keys and values cached."""
-    updates = mapper.updates(mapper.unpack(torch.zeros(1, mapper.size)))
-    decoded = decoder(torch.tensor([[BEGIN, *prompt]]), None, updates)
-    found = [int(decoded.logits[0, -1].argmax())]
+def greedy(step: Step, prompt: Sequence[int], tokens: int) -> list[int]:
+    """The likeliest tokens behind a prompt, one after the other."""
+    logits, cache = step(torch.tensor([[BEGIN, *prompt]]), None)
+    found = [int(logits[0, -1].argmax())]
     while len(found) < tokens:
-        decoded = decoder(torch.tensor([[found[-1]]]), decoded.cache, updates)
-        found.append(int(decoded.logits[0, -1].argmax()))
+        logits, cache = step(torch.tensor([[found[-1]]]), cache)
+        found.append(int(logits[0, -1].argmax()))
     return found
 
 
-def llama(decoder: Decoder, prompt: Sequence[int], tokens: int) -> Callable[[], list[int]]:
+def eager(decoder: Decoder, mapper: AttentionMapper) -> Step:
+    """Our decoder, theta added as the graph adds it."""
+    updates = mapper.updates(mapper.unpack(torch.zeros(1, mapper.size)))
+
+    def step(tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        decoded = decoder(tokens, cache, updates)
+        return decoded.logits, decoded.cache
+
+    return step
+
+
+def llama(decoder: Decoder) -> Step:
     """The same network as `transformers` runs it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -217,36 +230,11 @@ def llama(decoder: Decoder, prompt: Sequence[int], tokens: int) -> Callable[[], 
         for name in ("up", "gate", "down"):
             getattr(theirs.mlp, f"{name}_proj").weight.copy_(getattr(ours.mlp, name).weight)
 
-    @torch.no_grad()
-    def run() -> list[int]:
-        out = network(torch.tensor([[BEGIN, *prompt]]), use_cache=True)
-        found = [int(out.logits[0, -1].argmax())]
-        while len(found) < tokens:
-            out = network(torch.tensor([[found[-1]]]), past_key_values=out.past_key_values, use_cache=True)
-            found.append(int(out.logits[0, -1].argmax()))
-        return found
+    def step(tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        out = network(tokens, past_key_values=cache, use_cache=True)
+        return out.logits, out.past_key_values
 
-    return run
-
-
-@contextmanager
-def daemon(bundle: Path) -> Iterator[str]:
-    """`tta-edge serve` in a process of its own; gives its endpoint."""
-    command = [
-        *(sys.executable, "-m", "tta_edge", "serve", str(bundle), "--bind", "tcp://127.0.0.1:0"),
-        *("--http", "off", "--threads", "1", "--log-level", "warning"),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        if process.stderr is None:
-            raise RuntimeError("the daemon has no standard error")
-        line = next((line for line in process.stderr if line.startswith("ready ")), "")
-        if not line:
-            raise RuntimeError("the daemon did not start")
-        yield line.split()[1]
-    finally:
-        process.terminate()
-        process.wait(START_S)
+    return step
 
 
 if __name__ == "__main__":

@@ -73,9 +73,14 @@ def regression(count: int, shown: int, generator: torch.Generator) -> tuple[Tens
     """A line for each text: slope and height in [-0.5, 0.5], x in [-1, 1], y shown with noise."""
     line = torch.rand(2, count, 1, generator=generator) - 0.5
     asked = torch.randint(0, POINTS, (count, shown), generator=generator)
-    y = line[0] * (asked * (2 / (POINTS - 1)) - 1) + line[1]
+    y = line[0] * place(asked) + line[1]
     noisy = y + NOISE * torch.randn(count, shown, generator=generator)
     return asked, level(noisy), level(y)
+
+
+def place(asked: Tensor) -> Tensor:
+    """The x in [-1, 1] that a question asks for."""
+    return asked * (2 / (POINTS - 1)) - 1
 
 
 def level(y: Tensor) -> Tensor:
@@ -192,13 +197,13 @@ def judged(
 
 def share_of_least_squares(asked: Tensor, answers: Tensor, wanted: Tensor, near: int) -> float:
     """What the line of least squares through the demonstrations reaches; nothing without two of them."""
-    x = (asked[:, :-1] * (2 / (POINTS - 1)) - 1).double()
+    x = place(asked[:, :-1]).double()
     if x.shape[1] < 2:
         return 0.0
     y = (answers[:, :-1] * (2 / (ANSWERS - 1)) - 1).double()
     design = torch.stack([x, torch.ones_like(x)], dim=2)
     line = torch.linalg.lstsq(design, y[..., None], driver="gelsd").solution[..., 0]
-    found = level((line[:, 0] * (asked[:, -1] * (2 / (POINTS - 1)) - 1) + line[:, 1]).float())
+    found = level((line[:, 0] * place(asked[:, -1]) + line[:, 1]).float())
     return float(((found - wanted).abs() <= near).float().mean())
 
 
