@@ -279,8 +279,11 @@ class _Exchange(BaseHTTPRequestHandler):
         Closing with data unread would tell the client that the connection broke, and it might drop the response.
         """
         connection, left = self.request, MAX_DROPPED_BYTES
+        response = self._response.getvalue()
+        if not response:
+            return  # the client must not see an end here: its place is still taken
         connection.settimeout(_left_s(self._deadline_s))
-        connection.sendall(self._response.getvalue())
+        connection.sendall(response)
         connection.shutdown(socket.SHUT_WR)
         while left > 0 and (dropped := _receive(connection, self._deadline_s)):
             left -= len(dropped)
