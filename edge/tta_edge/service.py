@@ -311,11 +311,6 @@ class Server:
             self._woken = True
             self._wake()
 
-    @property
-    def working(self) -> bool:
-        """Whether an engine still runs for a request; after `run`, for one that the drain deadline has passed."""
-        return self._worker.is_alive()
-
     # --- shutdown: each part registers its own end at startup; they run in reverse ----------------
 
     def _join_worker(self) -> None:
