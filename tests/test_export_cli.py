@@ -24,6 +24,7 @@ from running import PATIENCE_S, process_environment
 from snapshots import unchanged
 from tta_exporters.cli import app, main
 from tta_exporters.sources import load_network
+from tta_exporters.tensorrt import TARGETS
 from tta_runtime import Bundle, Model
 from tta_runtime.errors import FileTampered
 
@@ -594,6 +595,22 @@ def test_a_bundle_for_a_gpu_that_tensorrt_does_not_build_for_is_not_made(
     assert result.status == status, result.err
     assert says in assert_one_line(result.err, code)
     assert result.out == ""
+
+
+@pytest.mark.parametrize("command", ["build", "check"])
+def test_targets_of_tensorrt_are_refused_where_it_is_not_asked_for(folder: Path, run, command: str) -> None:
+    options = ["--methods", "source", "--input", "6", "--classes", "3", "-o", folder / "bundle"]
+    rest = [f"{folder}/models.py:tiny", *options] if command == "build" else [folder]
+    with unchanged(folder):
+        result = run(command, *rest, "--tensorrt-targets", "8.9")
+    assert result.status == 2
+    assert "without --tensorrt" in assert_one_line(result.err, "option")
+
+
+def test_help_names_the_targets_that_are_built_for_by_default(run) -> None:
+    names = ",".join(f"{major}.{minor}" for major, minor in TARGETS)
+    for command in ("build", "check"):
+        assert f"[default:({names})]" in "".join(run(command, "--help").out.replace("│", " ").split())
 
 
 def test_build_for_tensorrt_without_a_builder_ends_with_3(

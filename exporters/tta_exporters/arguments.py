@@ -35,24 +35,34 @@ AdapterSet = Annotated[
     list[str] | None,
     typer.Option("--adapter-set", help="OPTION=VALUE of the adapter, e.g. rank=8. Repeatable."),
 ]
-TARGETS = "8.6,8.9,12.0"
 Targets = Annotated[
-    str,
-    typer.Option("--tensorrt-targets", help="Compute capabilities that --tensorrt builds for, a comma list."),
+    str | None,
+    typer.Option(
+        "--tensorrt-targets",
+        help="Compute capabilities that --tensorrt builds for, a comma list.",
+        show_default="8.6,8.9,12.0",  # tensorrt.TARGETS, which to import would make --help slow
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def capabilities(targets: str) -> tuple[Capability, ...]:
-    """What --tensorrt-targets says, of what the installed builder knows.
+def capabilities(tensorrt: bool, targets: str | None) -> tuple[Capability, ...]:
+    """What --tensorrt and --tensorrt-targets say together, of what the installed builder knows; none without the first.
 
     Raises:
         ExtraMissing: there is no builder.
-        OptionError: it does not know one of them.
+        OptionError: it does not know one of them, or they are named without --tensorrt.
     """
-    from tta_exporters.tensorrt import load_builder, parse_targets
+    if not tensorrt:
+        if targets is not None:
+            raise OptionError(
+                "--tensorrt-targets is given without --tensorrt", "Add --tensorrt, or leave it out"
+            )
+        return ()
+    from tta_exporters.tensorrt import TARGETS, load_builder, parse_targets
 
-    return parse_targets(targets, load_builder())
+    builder = load_builder()
+    return TARGETS if targets is None else parse_targets(targets, builder)
 
 
 def check_place(out: Path) -> None:

@@ -110,7 +110,7 @@ def build(
         bool,
         typer.Option("--tensorrt", help="Also write each graph for TensorRT, and have its builder take it."),
     ] = False,
-    targets: arguments.Targets = arguments.TARGETS,
+    targets: arguments.Targets = None,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Compile a model and methods into a bundle.
@@ -126,7 +126,7 @@ def build(
     from tta_exporters.sources import load_network
     from tta_runtime import Model
 
-    capabilities = arguments.capabilities(targets) if tensorrt else ()
+    capabilities = arguments.capabilities(tensorrt, targets)
     origin = source.rstrip("/").rsplit("/", 1)[-1]
     users = arguments.users_input(input_shape, dtype, value_range, mean, std, raw_range)
     network = load_network(source, weights)
@@ -201,7 +201,7 @@ def check(
         bool,
         typer.Option("--tensorrt", help="Also build every graph with TensorRT-RTX (no GPU needed)."),
     ] = False,
-    targets: arguments.Targets = arguments.TARGETS,
+    targets: arguments.Targets = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
 ) -> None:
     """Check a bundle's files and run every graph; exit 0 only if all pass.
@@ -213,7 +213,7 @@ def check(
     console = Console()
     results = []
     with Console(stderr=True).status("checking"):
-        for result in check_bundle(bundle, tensorrt=arguments.capabilities(targets) if tensorrt else ()):
+        for result in check_bundle(bundle, tensorrt=arguments.capabilities(tensorrt, targets)):
             results.append(result)
             mark = "[green]ok[/green]  " if result.ok else "[red]FAIL[/red]"
             line = f" {result.graph:14s} {result.check:16s} {result.detail}"
