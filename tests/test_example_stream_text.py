@@ -291,3 +291,34 @@ def test_a_table_answers_its_questions_and_a_line_lies_near_its_noise(modules):
     few, many = (tasks.share_of_least_squares(asked[:, -n:], shown[:, -n:], right[:, -1], 1) for n in (5, 65))
     assert few < many
     assert many > 0.99
+
+
+def test_what_two_answers_differ_by_does_not_depend_on_the_question(modules):
+    tasks = modules["tasks"]
+    from tta_adapters.decoder import DecoderConfig
+
+    config = DecoderConfig(tasks.BEGIN + 1, 1, 32, 2, 2, 16, 48, 64)
+    weight = tasks.composed(modules["pretraining"].fresh(config, 0)).embedding.weight
+    both = weight[tasks.POINTS : tasks.BEGIN].reshape(tasks.POINTS, tasks.ANSWERS, -1)
+    assert torch.allclose(both - both[:, :1], (both[:1] - both[:1, :1]).expand_as(both), atol=1e-5)
+    questions = weight[: tasks.POINTS]
+    assert torch.allclose(both[:, 3] - both[:1, 3], questions - questions[:1], atol=1e-5)
+    assert both.flatten(0, 1).unique(dim=0).shape[0] == tasks.POINTS * tasks.ANSWERS
+
+
+def test_the_command_of_the_tasks_in_small(modules, tmp_path, monkeypatch):
+    tasks, table = modules["tasks"], tmp_path / "tasks.json"
+    sizes = ["--steps", "6", "--mapper-steps", "2", "--texts", "40"]
+    monkeypatch.setattr(sys, "argv", ["tasks.py", "--tasks", "regression", *sizes, "--json", str(table)])
+    tasks.main()
+    result = json.loads(table.read_text())
+    rows = result["rows"]
+    assert [row["demonstrations"] for row in rows] == list(tasks.SHOWN)
+    assert result["trained"] in tasks.SHOWN
+    for row in rows:
+        assert row["task"] == "regression"
+        shares = [row[name] for name in ("no_context", "in_context", "attention", "delta", "least_squares")]
+        assert all(0 <= share <= 1 for share in shares)
+    nothing = rows[0]
+    assert nothing["attention"] == nothing["delta"] == nothing["in_context"] == nothing["no_context"]
+    assert rows[-1]["least_squares"] > 0.9  # what is there to be learned can be learned

@@ -38,10 +38,16 @@ SHOWN = (0, 8, 16, 32, 64, 128, 256)
 TRAINED = 64
 CHUNK = 16
 """Tokens absorbed at once: eight demonstrations."""
+AT_ONCE = 200
+"""Texts that are judged together, which takes about a gigabyte of memory with 256 demonstrations each."""
 CHUNKS = 72
 """Of one step of a mapper's training, over all its texts."""
 NOISE = 0.15
 """Standard deviation of y, whose levels are 2 / 15 apart."""
+EMBEDDED = 0.3
+"""Standard deviation of embeddings before training: so large that training keeps what they have in common."""
+SETTINGS = {"attention": {"rank": 32}, "delta": {"rank": 32, "group": 2}}
+"""Of the mappers. A question and what followed it are written before the next: of two that are the same one counts."""
 SEED = 0
 
 
@@ -107,7 +113,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--steps", type=int, default=450, help="of a decoder's training")
-    parser.add_argument("--mapper-steps", type=int, default=2000, help="of each mapper's training")
+    parser.add_argument("--mapper-steps", type=int, default=3000, help="of each mapper's training")
     parser.add_argument("--texts", type=int, default=2000, help="that judge")
     parser.add_argument("--tasks", default="recall,regression", help="comma list")
     arguments = parser.parse_args()
@@ -122,7 +128,7 @@ def main() -> None:
 def run(task: Task, steps: int, mapper_steps: int, texts: int) -> list[dict[str, object]]:
     """The table of a task."""
     config = DecoderConfig(BEGIN + 1, 2, 64, 4, 4, 16, 172, 2 * max(SHOWN) + 2)
-    decoder = fresh(config, SEED)
+    decoder = composed(fresh(config, SEED))
 
     def draw(phase: Phase, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_000 + step)
@@ -143,9 +149,24 @@ def run(task: Task, steps: int, mapper_steps: int, texts: int) -> list[dict[str,
     return rows
 
 
+@torch.no_grad()
+def composed(decoder: Decoder) -> Decoder:
+    """A decoder to whom a demonstration is, to begin with, its question and its answer: the sum of a vector for each.
+
+    256 vectors that have nothing in common would be learned as well, but then as 256 answers; what a mapper has to add
+    for an answer would depend on the question.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    vectors = EMBEDDED * torch.randn(POINTS + ANSWERS, decoder.config.width, generator=generator)
+    questions, answers = vectors.split((POINTS, ANSWERS))
+    decoder.embedding.weight[:POINTS] = questions
+    decoder.embedding.weight[POINTS:BEGIN] = (questions[:, None] + answers).flatten(0, 1)
+    return decoder
+
+
 def trained(task: Task, decoder: Decoder, kind: str, steps: int) -> StreamMapper:
     """A mapper that learned to absorb demonstrations of a task."""
-    mapper = make_mapper(kind, decoder, {"rank": 32}, SEED)
+    mapper = make_mapper(kind, decoder, SETTINGS[kind], SEED)
 
     def loss_of(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(2_000_000 + step)
@@ -161,25 +182,43 @@ def trained(task: Task, decoder: Decoder, kind: str, steps: int) -> StreamMapper
     return mapper.requires_grad_(False)
 
 
-@torch.no_grad()
 def judged(
     task: Task, decoder: Decoder, mappers: dict[str, StreamMapper], shown: int, texts: int
 ) -> dict[str, float]:
     """Shares of right answers to the question after ``shown`` demonstrations, by who answers."""
     generator = torch.Generator().manual_seed(3_000_000)
     asked, answers, right = task.texts(texts, shown + 1, generator)
-    tokens, wanted = tokens_of(asked, answers), right[:, -1]
+    wanted = right[:, -1]
+    parts = [
+        answered(decoder, mappers, part_asked, part_answers)
+        for part_asked, part_answers in zip(asked.split(AT_ONCE), answers.split(AT_ONCE), strict=True)
+    ]
+    result = {}
+    for name in parts[0]:
+        found = torch.cat([part[name] for part in parts])
+        result[name] = float(((found - wanted).abs() <= task.near).float().mean())
+    if task.near:
+        result["least_squares"] = share_of_least_squares(asked, answers, wanted, task.near)
+    return result
+
+
+@torch.no_grad()
+def answered(
+    decoder: Decoder, mappers: dict[str, StreamMapper], asked: Tensor, answers: Tensor
+) -> dict[str, Tensor]:
+    """The answers to each text's last question, int64 [texts], by who answers."""
+    texts, shown = asked.shape[0], asked.shape[1] - 1
+    tokens = tokens_of(asked, answers)
     question = led(tokens[:, -2:-1], BEGIN)
 
-    def share(logits: Tensor) -> float:
-        # Of the tokens of this question's answers, the likeliest: every answer names its question.
+    def likeliest(logits: Tensor) -> Tensor:
+        # Of the tokens of this question's answers: every answer names its question.
         first = POINTS + asked[:, -1:] * ANSWERS
-        found = torch.gather(logits, 1, first + torch.arange(ANSWERS)).argmax(1)
-        return float(((found - wanted).abs() <= task.near).float().mean())
+        return torch.gather(logits, 1, first + torch.arange(ANSWERS)).argmax(1)
 
     result = {
-        "no_context": share(decoder(question).logits[:, -1]),
-        "in_context": share(decoder(led(tokens[:, :-1], BEGIN)).logits[:, -1]),
+        "no_context": likeliest(decoder(question).logits[:, -1]),
+        "in_context": likeliest(decoder(led(tokens[:, :-1], BEGIN)).logits[:, -1]),
     }
     for kind, mapper in mappers.items():
         if not shown:
@@ -189,9 +228,7 @@ def judged(
         heard = decoder(led(tokens[:, : chunks * CHUNK].reshape(-1, CHUNK), BEGIN)).heard
         downs = absorbed_downs(mapper, heard, texts, chunks)
         last = {layer: down[chunks - 1 :: chunks] for layer, down in downs.items()}
-        result[kind] = share(decoder(question, updates=mapper.updates(last)).logits[:, -1])
-    if task.near:
-        result["least_squares"] = share_of_least_squares(asked, answers, wanted, task.near)
+        result[kind] = likeliest(decoder(question, updates=mapper.updates(last)).logits[:, -1])
     return result
 
 
