@@ -11,6 +11,7 @@ Example: python benchmarks/text_speed.py --json text_speed.json
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -30,6 +31,8 @@ from tta_adapters.decoder import Block, Decoder, DecoderConfig
 from tta_adapters.stream import AttentionMapper
 from tta_edge.client import Client
 from tta_exporters.build_text import TextOptions, build_text
+from tta_exporters.errors import ExtraMissing
+from tta_exporters.sources import load_torchvision
 from tta_runtime import EngineOptions, TextModel, TextSession
 
 CONTEXTS = (256, 1024, 4096, 16384)
@@ -204,6 +207,8 @@ def eager(decoder: Decoder, mapper: AttentionMapper) -> Step:
 
 def llama(decoder: Decoder) -> Step:
     """The same network as `transformers` runs it."""
+    with contextlib.suppress(ExtraMissing):
+        load_torchvision()  # where it is there and does not match torch, transformers cannot be imported before this
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -215,7 +215,7 @@ def test_a_library_that_is_not_installed_is_named(
 def transformers() -> ModuleType:
     needs("transformers")
     with contextlib.suppress(ExtraMissing):
-        sources._torchvision()  # where it does not match torch, transformers cannot be imported before this
+        sources.load_torchvision()  # where it does not match torch, transformers cannot be imported before this
     return importlib.import_module("transformers")
 
 

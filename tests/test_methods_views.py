@@ -14,14 +14,14 @@ from networks import group_norm, resnet
 from tta_adapters import NormAdapter, make_method
 from tta_adapters.augment import COTTA, PARAMETERS, ROID, Views, augment, between, normal_field, shift_hue
 from tta_adapters.base import Batch, Step, init_state
-from tta_exporters.sources import _torchvision
+from tta_exporters.sources import load_torchvision
 
 LR = 1e-3
 
 
 def published(x: Tensor, u: Tensor, views: Views) -> Tensor:
     """The view by torchvision's own functions, without noise."""
-    _torchvision()
+    load_torchvision()
     import torchvision.transforms.functional as T
     from torchvision.transforms import InterpolationMode
 

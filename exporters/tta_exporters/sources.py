@@ -185,7 +185,7 @@ def _built(make: Callable[[], object], *, source: str) -> nn.Module:
     return network
 
 
-def _torchvision() -> ModuleType:
+def load_torchvision() -> ModuleType:
     """torchvision, also where its compiled operators do not match this torch: classifiers need none of them."""
     try:
         return importlib.import_module("torchvision")
@@ -208,7 +208,7 @@ def _declare_missing_operators() -> None:
 
 
 def _from_torchvision(name: str) -> nn.Module:
-    models = importlib.import_module(f"{_torchvision().__name__}.models")
+    models = importlib.import_module(f"{load_torchvision().__name__}.models")
     # Of its detectors and the like no adapter can say what the logits are; some download a backbone when made.
     if name not in models.list_models(module=models):
         raise SourceError(
@@ -218,7 +218,7 @@ def _from_torchvision(name: str) -> nn.Module:
 
 
 def _from_timm(name: str) -> nn.Module:
-    _torchvision()
+    load_torchvision()
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
@@ -256,7 +256,7 @@ def pretrained(directory: str, auto: str, kind: str) -> nn.Module:
         raise SourceError(f"{directory} holds no config.json", "Name a directory saved by save_pretrained")
     with contextlib.suppress(ExtraMissing):
         # Not needed, but transformers imports it where it is installed.
-        _torchvision()
+        load_torchvision()
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
