@@ -79,6 +79,7 @@ class Saver(Keeper):
         self._wanted = threading.Condition()
         self._writing = threading.Lock()
         self._failed: dict[Key, str] = {}
+        self._at: Key | None = None  # what is being written
         self._resume_s = 0.0  # jobs wait until then, unless a new one comes
         self._ending = False
         self._thread = threading.Thread(target=self._work, name="tta-saver", daemon=True)
@@ -126,6 +127,11 @@ class Saver(Keeper):
             self._write_now(stream.key)
             return True
         return False
+
+    def owes(self, key: Key) -> bool:
+        """Whether something of a stream is still to be written; for any thread, and waits for no write."""
+        with self._wanted:
+            return key in self._jobs or key in self._failed or key == self._at
 
     def save_switch(self, adapt: bool) -> bool:
         """Make the kill switch survive; gives whether it does yet."""
@@ -192,6 +198,7 @@ class Saver(Keeper):
             with self._wanted:
                 job = self._jobs.pop(key, None)
                 failed = self._failed.get(key)
+                self._at = None if job is None else key
             if job is None:
                 if failed is not None:
                     raise StateUnwritable(failed, "Correct the state directory")
@@ -225,6 +232,7 @@ class Saver(Keeper):
     def _note(self, key: Key, error: str) -> None:
         with self._wanted:
             before = bool(self._failed)
+            self._at = None
             self._failed.pop(key, None)
             if error:
                 self._failed[key] = error

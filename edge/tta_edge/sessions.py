@@ -26,7 +26,6 @@ class HeldSession:
         key: likewise.
         model: theta, state and pending tokens.
         restored: what it started from: `source`, `import`, or a slot file.
-        durable: whether the disk holds it as it is.
         in_use: how many requests work with it.
     """
 
@@ -34,7 +33,6 @@ class HeldSession:
         self.key = key
         self.model: TextSession = model.session()
         self.restored = "source"
-        self.durable = False
         self.in_use = 0
 
     def notes(self) -> str:
@@ -73,6 +71,8 @@ class Sessions:
         self._lock = threading.Lock()
         self._held: OrderedDict[Key, HeldSession] = OrderedDict()
         self._begun: dict[Key, HeldSession] = {}
+        self._ended: set[Key] = set()
+        """Of sessions that are over and still on disk, because it could not be written."""
         self._borrowed = 0
 
     def all(self) -> list[HeldSession]:
@@ -86,7 +86,14 @@ class Sessions:
             return 0
         on_disk = {key for key in self._store.keys() if key[0] in bundles}  # noqa: SIM118 - not a mapping
         with self._lock:
-            return len(on_disk - self._held.keys())
+            return len(on_disk - self._held.keys() - self._ended)
+
+    def durable(self, session: HeldSession) -> bool:
+        """Whether the disk holds a session as it is."""
+        if self._store is None or self._saver is None or self._saver.owes(session.key):
+            return False
+        # Others may have pushed its files off the disk, where `max_stored_streams` counts.
+        return self._store.has(session.key)
 
     @property
     def nbytes(self) -> int:
@@ -130,9 +137,9 @@ class Sessions:
             if self._begun.get(session.key) is session:
                 del self._begun[session.key]
 
-    def exists(self, host: Host, name: str) -> bool:
-        """Whether there is a session of that name, in memory or on disk."""
-        return (host.name, name) in self._known()
+    def is_new(self, session: HeldSession) -> bool:
+        """Whether a session was begun and not admitted yet."""
+        return self._begun.get(session.key) is session
 
     def admit(self, session: HeldSession) -> bool:
         """Keep a session that has changed, in memory and on disk; gives whether it is durable."""
@@ -140,11 +147,11 @@ class Sessions:
             self._begun.pop(session.key, None)
             self._held[session.key] = session
             self._held.move_to_end(session.key)
-        session.durable = False
-        if self._saver is not None:
-            self._saver.keep(session, session.model.checkpoint, session.notes())
-            session.durable = self._saver.settle(session)
-        return session.durable
+            self._ended.discard(session.key)
+        if self._saver is None:
+            return False
+        self._saver.keep(session, session.model.checkpoint, session.notes())
+        return self._saver.settle(session)
 
     def end(self, session: HeldSession) -> bool:
         """Forget a session, in memory and on disk; gives whether the disk has forgotten it."""
@@ -154,15 +161,23 @@ class Sessions:
         if self._saver is None:
             return True
         self._saver.returned(session, None, "")
-        return self._saver.settle(session)
+        forgotten = self._saver.settle(session)
+        if not forgotten:
+            with self._lock:
+                self._ended.add(session.key)
+        return forgotten
 
-    def borrow(self, nbytes: int) -> None:
+    def borrow(self, nbytes: int, session: HeldSession) -> None:
         """Set memory apart for a text under way, until `give_back`.
 
+        Args:
+            nbytes: how much.
+            session: that the text is read with.
+
         Raises:
-            TooManySessions: there is not so much, and no session can go to disk.
+            TooManySessions: there is not so much, and no session can go to disk; `AllInUse` where others will end.
         """
-        self._make_room(nbytes, 0)
+        self._make_room(nbytes, 0, session)
         with self._lock:
             self._borrowed += nbytes
 
@@ -197,7 +212,7 @@ class Sessions:
                     self._saver.drop(old)
                 ended += 1
                 continue
-            new.restored, new.durable = old.restored, old.durable
+            new.restored = old.restored
             with self._lock:
                 self._held[old.key] = new
             kept += 1
@@ -206,15 +221,17 @@ class Sessions:
     def save_all(self) -> None:
         """Save what the disk does not hold yet, when the daemon ends."""
         for session in self.all():
-            if self._saver is not None and not session.durable:
+            if self._saver is not None and not self.durable(session):
                 self._saver.keep(session, session.model.checkpoint, session.notes())
-                session.durable = self._saver.settle(session)
+                self._saver.settle(session)
 
     # ------------------------------------------------------------------------------------------ inside
 
     def _known(self) -> set[Key]:
-        stored = () if self._store is None else self._store.keys()
-        return {*self._held, *stored}
+        stored = set() if self._store is None else set(self._store.keys())
+        with self._lock:
+            self._ended &= stored  # the disk has forgotten the others
+            return {*self._held, *(stored - self._ended)}
 
     def _get(self, host: Host, name: str) -> HeldSession | None:
         key = (host.name, name)
@@ -222,6 +239,8 @@ class Sessions:
         if found is not None:
             with self._lock:
                 self._held.move_to_end(key)
+            if self._store is not None:
+                self._store.used(key)
             return found
         if self._store is None or key not in self._known():
             return None
@@ -241,7 +260,7 @@ class Sessions:
         if found.restored is None:
             return False
         session.model.resume(found.restored.checkpoint, found.restored.notes)
-        session.restored, session.durable = found.restored.slot, True
+        session.restored = found.restored.slot
         detail = f"{session.restored}: {session.model.absorbed} tokens, theta {session.model.digest[:12]}"
         self._tell(Event(*session.key, "restore", Reason.RETURNED.value, detail))
         return True
@@ -249,25 +268,38 @@ class Sessions:
     def _owned(self) -> int:
         return sum(session.nbytes for session in (*self._held.values(), *self._begun.values()))
 
-    def _make_room(self, nbytes: int, count: int) -> None:
-        while (held := len(self._held) + len(self._begun)) + count > self._max_sessions or (
-            self.nbytes + nbytes > self._max_bytes
-        ):
+    def _make_room(self, nbytes: int, count: int, own: HeldSession | None = None) -> None:
+        """Let sessions go to disk until there is room, if that makes enough.
+
+        Args:
+            nbytes: wanted.
+            count: sessions wanted.
+            own: what the request that asks holds itself, and will not do without.
+        """
+        while not self._fits(nbytes, count):
             text = (
-                f"{held} sessions are held and {self.nbytes} bytes set apart, max_sessions is {self._max_sessions} "
-                f"and max_session_bytes {self._max_bytes}"
+                f"{len(self._held) + len(self._begun)} sessions are held and {self.nbytes} bytes set apart, "
+                f"max_sessions is {self._max_sessions} and max_session_bytes {self._max_bytes}"
             )
-            oldest = next((session for session in self._held.values() if not session.in_use), None)
-            if oldest is None:
-                raise AllInUse(f"{text}; all of them are in use", "Repeat later, or raise the settings")
+            idle = [session for session in self._held.values() if not session.in_use]
+            if not self._fits(nbytes - sum(session.nbytes for session in idle), count - len(idle)):
+                # None goes to disk in vain: others use too much.
+                raise AllInUse(f"{text}; too much of it is in use", "Repeat later, or raise the settings")
             try:
-                self._evict(oldest, text)
+                self._evict(idle[0], text)
             except TooManySessions as error:
-                idle = [session for session in self._held.values() if not session.in_use]
-                stay = sum(session.nbytes for session in idle)
-                if len(idle) + count <= self._max_sessions and stay + nbytes <= self._max_bytes:
+                stay = [*idle, own] if own is not None and self._holds(own) else idle
+                stay_bytes = sum(session.nbytes for session in stay)
+                if len(stay) + count <= self._max_sessions and stay_bytes + nbytes <= self._max_bytes:
                     raise AllInUse(error.cause, error.fix) from error  # what others use will do
                 raise
+
+    def _fits(self, nbytes: int, count: int) -> bool:
+        held = len(self._held) + len(self._begun)
+        return held + count <= self._max_sessions and self.nbytes + nbytes <= self._max_bytes
+
+    def _holds(self, session: HeldSession) -> bool:
+        return self._held.get(session.key) is session or self.is_new(session)
 
     def _evict(self, session: HeldSession, text: str) -> None:
         """Let a session be on disk only; raises TooManySessions where it cannot."""
@@ -275,8 +307,7 @@ class Sessions:
             raise TooManySessions(
                 text, "Reset a session, raise the settings, or set `state_dir`, so that sessions go to disk"
             )
-        # Others may have pushed its files off the disk, where `max_stored_streams` counts.
-        if not session.durable or session.key not in self._store.keys():  # noqa: SIM118 - not a mapping
+        if not self.durable(session):
             try:
                 self._saver.save_now(session)
             except StateUnwritable as error:

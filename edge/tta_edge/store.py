@@ -163,6 +163,11 @@ class StateStore:
         with self._index:
             return list(reversed(self._saved))
 
+    def has(self, key: Key) -> bool:
+        """Whether a stream is on disk; waits for no write."""
+        with self._index:
+            return key in self._saved
+
     def used(self, key: Key) -> None:
         """A stream on disk is about to be used: others are forgotten before it."""
         with self._index:

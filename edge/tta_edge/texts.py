@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -69,8 +70,11 @@ from tta_runtime.tokens import text_of
 
 log = logging.getLogger(__name__)
 
+READ_BYTES = 12
+"""Memory for each character of a text while it is absorbed: its bytes as they came, and its tokens twice."""
 Answer = tuple[Reply, Tensors]
-Steps = Generator[None, None, Answer]
+Steps = Generator["Turn | None", None, Answer]
+"""After each run None, or the turn that the request waits for."""
 
 
 @dataclass(eq=False)
@@ -90,6 +94,17 @@ class Task:
     line: Key | None
     host: Host
     stop: TtaError | None = None
+
+
+@dataclass(eq=False)
+class Turn:
+    """A request's place in the queue for memory.
+
+    Attributes:
+        task: the request while it sleeps.
+    """
+
+    task: Task | None = None
 
 
 class Texts:
@@ -134,6 +149,7 @@ class Texts:
         self._clock = clock
         self._tasks: dict[tuple[bytes, int], Task] = {}
         self._lines: dict[Key, deque[Task]] = {}
+        self._turns: deque[Turn] = deque()
         self._sources: dict[str, HeldSession] = {}
         self._closed = False
 
@@ -162,17 +178,23 @@ class Texts:
         """Stop another request of the same client before its next run."""
         task = self._tasks.get((arrived.peer, message.request))
         if task is not None:
-            task.stop = Cancelled(
-                f"request {message.request} was cancelled by its client", "Nothing has changed"
-            )
+            cause = f"request {message.request} was cancelled by its client"
+            self._stop(task, Cancelled(cause, "Nothing has changed"))
         return CancelDone(id=message.id, found=task is not None)
 
     def swap(self, host: Host) -> tuple[int, int]:
         """Go on with a new version of a bundle; see `Sessions.swap`. What is under way with the old one ends."""
         for task in self._tasks.values():
             if task.host.name == host.name and task.host.text is not host.text:
-                task.stop = Cancelled(f"bundle `{host.name}` was reloaded meanwhile", "Repeat the request")
-        return self._sessions.swap(host)
+                cause = f"bundle `{host.name}` was reloaded meanwhile"
+                self._stop(task, Cancelled(cause, "Repeat the request"))
+        source = self._sources.get(host.name)
+        if source is not None and source.model.model is not host.text:
+            del self._sources[host.name]  # it would keep the old model and its engines in memory
+        try:
+            return self._sessions.swap(host)
+        finally:
+            self._freed()
 
     def close(self) -> None:
         """Go on with nothing, and save what the disk does not hold yet."""
@@ -181,7 +203,7 @@ class Texts:
 
     def status(self) -> list[SessionStatus]:
         """The sessions in memory; for any thread."""
-        return [_status(session) for session in self._sessions.all()]
+        return [_status(session, self._sessions.durable(session)) for session in self._sessions.all()]
 
     # ------------------------------------------------------------------------------------------ run after run
 
@@ -195,7 +217,7 @@ class Texts:
             if task.stop is not None:
                 task.steps.close()
                 raise task.stop
-            next(task.steps)
+            turn = next(task.steps)
         except StopIteration as stop:
             self._finish(task.arrived, *stop.value)
         except TtaError as error:
@@ -207,9 +229,29 @@ class Texts:
             cause = f"the daemon failed with {type(error).__name__}"
             self._refuse(task.arrived, Internal(cause, "Report it with the daemon's log"))
         else:
-            self._call(partial(self._advance, task))
+            if turn is None:
+                self._call(partial(self._advance, task))
+            else:
+                turn.task = task
             return
         self._ended(task)
+
+    def _stop(self, task: Task, error: TtaError) -> None:
+        """Let a request go on no further; one that sleeps has to wake for that."""
+        task.stop = error
+        for turn in self._turns:
+            if turn.task is task:
+                self._wake(turn)
+
+    def _freed(self) -> None:
+        """There may be memory for whoever waits for it the longest."""
+        if self._turns:
+            self._wake(self._turns[0])
+
+    def _wake(self, turn: Turn) -> None:
+        task, turn.task = turn.task, None
+        if task is not None:
+            self._call(partial(self._advance, task))
 
     def _ended(self, task: Task) -> None:
         del self._tasks[task.arrived.key]
@@ -281,11 +323,13 @@ class Texts:
                 message, arrived, host.name, place.held.model, prompt, sampling
             )
             durable = False
-            if message.absorb:
-                yield
+            if message.absorb and (prompt or tokens):
+                yield None
                 yield from place.held.model.absorbing([*prompt, *tokens])
                 durable = self._sessions.admit(place.held)
                 self._stats.read(host.name, "absorbed", len(prompt) + len(tokens))
+            elif message.absorb:
+                durable = self._sessions.durable(place.held)
         data = _bytes(text.encode())
         reply = GenerateDone(
             id=message.id,
@@ -342,10 +386,12 @@ class Texts:
     def _absorb(self, message: Absorb, tensors: Tensors, host: Host) -> Steps:
         began_s = self._clock()
         model = language_model(host)
-        tokens = model.tokenizer.encode(self._text(tensors["text"], "the text"))
-        place = yield from self._enter(host, message.session, begins=True)
+        text = self._text(tensors["text"], "the text")
+        place = yield from self._enter(host, message.session, begins=True, held_bytes=READ_BYTES * len(text))
         with closing(place):
             held = place.held
+            tokens = array("i", model.tokenizer.encode(text))
+            del text
             told = yield from held.model.absorbing(tokens)
             durable = self._sessions.admit(held)
         self._stats.read(host.name, "absorbed", len(tokens))
@@ -378,15 +424,16 @@ class Texts:
         return reply, {"data": data}
 
     def _import(self, message: Import, tensors: Tensors, host: Host) -> Steps:
-        data = _flat(tensors["data"], "the file", language_model(host).max_state_bytes)
-        if self._sessions.exists(host, message.session):
-            raise SessionExists(
-                f"there is a session `{message.session}` of bundle `{host.name}` already",
-                "Choose another name, or reset that one first",
-            )
+        limit = language_model(host).max_state_bytes
+        data = _flat(tensors["data"], "the file", limit, "It is no session of this bundle")
         place = yield from self._enter(host, message.session, begins=True)
         with closing(place):
             held = place.held
+            if not self._sessions.is_new(held):
+                raise SessionExists(
+                    f"there is a session `{message.session}` of bundle `{host.name}` already",
+                    "Choose another name, or reset that one first",
+                )
             checkpoint, _, notes = held.model.decode(bytes(data))
             held.model.resume(checkpoint, notes)
             held.restored = "import"
@@ -422,48 +469,67 @@ class Texts:
         return source
 
     def _enter(
-        self, host: Host, name: str, tokens: int = 0, *, begins: bool = False
-    ) -> Generator[None, None, _Place]:
-        """A session, and memory for a text of so many tokens behind its live context.
+        self, host: Host, name: str, tokens: int = 0, *, begins: bool = False, held_bytes: int = 0
+    ) -> Generator[Turn, None, _Place]:
+        """A session, and memory for a text of so many tokens behind its live context, and for what else is held.
 
         Where others use what is needed it waits for them, and holds nothing meanwhile: so one of them always goes on.
+        Who needs memory waits behind those who wait for some already, or a large text would wait for ever.
         """
-        while True:
-            try:
-                held = self._sessions.begin(host, name) if begins else self._named(host, name)
-                place = _Place(self._sessions, held)
-                try:
-                    model = held.model.model
-                    longest = min(held.model.live + tokens, model.text.context)
-                    place.borrow(pass_bytes(model, longest) if tokens else 0)
-                except BaseException:
-                    place.close()
-                    raise
-                return place
-            except AllInUse:
-                yield
+        turn = Turn()
+        try:
+            while True:
+                if not self._turns or self._turns[0] is turn or not (tokens or begins):
+                    try:
+                        return self._place(host, name, tokens, begins, held_bytes)
+                    except AllInUse:
+                        pass
+                if turn not in self._turns:
+                    self._turns.append(turn)
+                yield turn
+        finally:
+            if turn in self._turns:
+                self._turns.remove(turn)
+                self._freed()
+
+    def _place(self, host: Host, name: str, tokens: int, begins: bool, held_bytes: int) -> _Place:
+        held = self._sessions.begin(host, name) if begins else self._named(host, name)
+        place = _Place(self._sessions, held, self._freed)
+        try:
+            model = held.model.model
+            longest = min(held.model.live + tokens, model.text.context)
+            # A text that would need more than there is at all has it to itself.
+            most = self._config.max_session_bytes - model.session_bytes
+            place.borrow(min(most, held_bytes + (pass_bytes(model, longest) if tokens else 0)))
+        except BaseException:
+            place.close()
+            raise
+        return place
 
     def _text(self, data: NDArray[Any], what: str) -> str:
-        return text_of(_flat(data, what, self._config.max_text_bytes).tobytes(), what)
+        fix = "Send it in parts, or raise `max_text_bytes`"
+        return text_of(_flat(data, what, self._config.max_text_bytes, fix).tobytes(), what)
 
 
 class _Place:
     """A session that stays in memory while a request uses it, and the memory that the request takes."""
 
-    def __init__(self, sessions: Sessions, held: HeldSession) -> None:
+    def __init__(self, sessions: Sessions, held: HeldSession, freed: Callable[[], None]) -> None:
         self.held = held
         self._sessions = sessions
+        self._freed = freed
         self._borrowed = 0
         held.in_use += 1
 
     def borrow(self, nbytes: int) -> None:
-        self._sessions.borrow(nbytes)
+        self._sessions.borrow(nbytes, self.held)
         self._borrowed = nbytes
 
     def close(self) -> None:
         self.held.in_use -= 1
         self._sessions.give_back(self._borrowed)
         self._sessions.leave(self.held)
+        self._freed()
 
 
 def _reason(error: TtaError) -> str:
@@ -477,8 +543,8 @@ def _bytes(data: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(data, np.uint8)
 
 
-def _flat(data: NDArray[Any], what: str, limit: int) -> NDArray[np.uint8]:
-    """The bytes of a tensor.
+def _flat(data: NDArray[Any], what: str, limit: int, fix: str) -> NDArray[np.uint8]:
+    """The bytes of a tensor; ``fix`` is what to do where there are more than ``limit``.
 
     Raises:
         WrongDtype, WrongShape, TooLarge: it is no row of at most so many bytes.
@@ -488,14 +554,11 @@ def _flat(data: NDArray[Any], what: str, limit: int) -> NDArray[np.uint8]:
     if data.ndim != 1:
         raise WrongShape(f"{what} has the shape {list(data.shape)}, expected one dimension", "Send its bytes")
     if data.size > limit:
-        raise TooLarge(
-            f"{what} has {data.size} bytes, the limit is {limit}",
-            "Send it in parts, or raise `max_text_bytes`",
-        )
+        raise TooLarge(f"{what} has {data.size} bytes, the limit is {limit}", fix)
     return data
 
 
-def _status(session: HeldSession) -> SessionStatus:
+def _status(session: HeldSession, durable: bool) -> SessionStatus:
     model = session.model
     checkpoint, pending = model.snapshot
     chunk = model.model.text.chunk
@@ -508,6 +571,6 @@ def _status(session: HeldSession) -> SessionStatus:
         chunks=checkpoint.steps,
         theta_digest=model.digest,
         restored=session.restored,
-        durable=session.durable,
+        durable=durable,
         bytes=session.nbytes,
     )

@@ -16,6 +16,7 @@ a daemon can serve others meanwhile; `score`, `generate` and `absorb` run them t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,8 +259,8 @@ class TextModel:
         outputs = _run(self.absorber(), {"x": x, **{f"state {k}": v for k, v in before.state.items()}})
         vector = frozen(theta.check(self.manifest.theta, outputs["theta"]))
         state = {s.name: frozen(outputs[f"state {s.name}"]) for s in self.spec.state}
-        for name, array in state.items():
-            if not is_finite(array):
+        for name, value in state.items():
+            if not is_finite(value):
                 raise NonFiniteState(
                     f"state `{name}` holds values that are not finite", "Keep the state before"
                 )
@@ -430,10 +431,11 @@ class TextSession:
         started = self._now
         self.model.absorber()  # refused at once: tokens would wait for ever
         chunk = self.model.text.chunk
-        text = self.model.check_tokens(tokens)
-        if not text:
+        # Four bytes a token, for as long as the text is read; Python's own numbers would take several times as many.
+        waiting = array("i", started.pending)
+        waiting.extend(self.model.check_tokens(tokens))
+        if len(waiting) == len(started.pending):
             raise EmptyText("the text is empty", "Send a text")
-        waiting = (*started.pending, *text)
         whole = len(waiting) - len(waiting) % chunk
         after, report = started.checkpoint, dict[str, float]()
         for first in range(0, whole, chunk):
@@ -446,12 +448,16 @@ class TextSession:
                 f"the session went on from {started.checkpoint.steps} chunks to {self.checkpoint.steps} meanwhile",
                 "Absorb the text again",
             )
-        self._now = _Now(after, waiting[whole:])
+        self._become(_Now(after, tuple(waiting[whole:])))
         return Absorbed(self.absorbed, len(self.pending), after.steps, report)
 
     def reset(self) -> None:
         """Back to the source: nothing absorbed."""
-        self._now = _Now(self.model.source, ())
+        self._become(_Now(self.model.source, ()))
+
+    def _become(self, now: _Now) -> None:
+        self._now = now
+        self._live = self._digest = None  # they would keep the checkpoint before in memory
 
     # -------------------------------------------------------------------------------- files
 
@@ -497,7 +503,7 @@ class TextSession:
         Raises:
             StateError: the notes are not of this model.
         """
-        self._now = _Now(checkpoint, tuple(self._notes_of(notes).pending))
+        self._become(_Now(checkpoint, tuple(self._notes_of(notes).pending)))
 
     # -------------------------------------------------------------------------------- inside
 
