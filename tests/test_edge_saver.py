@@ -292,6 +292,42 @@ def test_closing_writes_what_waits_and_what_failed_before(engines, tmp_path):
     bench.store.close()
 
 
+def test_nothing_is_written_after_the_end(engines, tmp_path):
+    bench = Bench(tmp_path, engines)
+    stream = bench.stream(steps=1)
+    bench.keep(stream)
+    bench.saver.close()
+    bench.step(stream)
+    bench.keep(stream)
+    assert not bench.saver.settle(stream)
+    assert bench.on_disk() == [1]
+    bench.store.close()
+
+
+def test_what_is_owed_is_known_while_it_waits_is_written_and_has_failed(engines, tmp_path):
+    gate = Gate()
+    with Bench(tmp_path, engines, gate) as bench:
+        stream = bench.stream(steps=1)
+        assert not bench.saver.owes(stream.key)
+        bench.keep(stream)
+        assert gate.reached.wait(PATIENCE_S)
+        assert bench.saver.owes(stream.key)  # under way
+        bench.keep(stream)
+        gate.open.set()
+        assert bench.saver.settle(stream)
+        assert not bench.saver.owes(stream.key)
+    disk = Failing()
+    with Bench(tmp_path / "failing", engines, disk, retry_s=1e9) as bench:
+        disk.broken = True
+        stream = bench.stream(steps=1)
+        bench.keep(stream)
+        bench.wait_for("disk", "disk-error")
+        assert bench.saver.owes(stream.key)
+        disk.broken = False
+        assert bench.saver.settle(stream)
+        assert not bench.saver.owes(stream.key)
+
+
 def test_closing_on_a_broken_disk_ends(engines, tmp_path):
     disk = Failing()
     bench = Bench(tmp_path, engines, disk, retry_s=1e9)

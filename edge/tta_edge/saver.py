@@ -82,6 +82,7 @@ class Saver(Keeper):
         self._at: Key | None = None  # what is being written
         self._resume_s = 0.0  # jobs wait until then, unless a new one comes
         self._ending = False
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="tta-saver", daemon=True)
         self._thread.start()
 
@@ -143,11 +144,13 @@ class Saver(Keeper):
         return False
 
     def close(self) -> None:
-        """Write what waits, what failed before once more, then end."""
+        """Write what waits, what failed before once more, then end; from then on the directory is another's."""
         with self._wanted:
             self._ending = True
             self._wanted.notify()
         self._thread.join()
+        with self._writing:
+            self._closed = True
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -195,6 +198,8 @@ class Saver(Keeper):
     def _write_now(self, key: Key) -> None:
         """Carry out the job that waits under a key, after one that is being written; if there is any."""
         with self._writing:
+            if self._closed:
+                raise StateUnwritable("the daemon has ended", "Start it again")
             with self._wanted:
                 job = self._jobs.pop(key, None)
                 failed = self._failed.get(key)
