@@ -176,3 +176,35 @@ def test_the_first_token_of_pairs_stands_for_its_bytes(pairs):
     assert made.head_bytes(text) == len((decoder.push(first) + decoder.end()).encode())
     assert made.head_bytes("") == 0
     assert made.head_bytes("t") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("é", 1), ("éa", 1), ("€x", 1), ("😀", 1), ("😀😀", 1), ("👩‍👩", 1), ("aé", 1), (" é", 1)],
+)
+def test_the_first_token_inside_a_character_stands_for_its_part_of_it(pairs, text, expected):
+    assert FileTokenizer(pairs, "tokenizer.json", 300).head_bytes(text) == expected
+    assert FileTokenizer(fallback(), "tokenizer.json", 300).head_bytes(text) == expected
+
+
+def test_a_token_that_ends_inside_a_character_counts_its_whole_characters_too():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = {letter: place for place, letter in enumerate(letters)} | {"aÃ": 256, "Ġa": 257, "ĠaÃ": 258}
+    made = Tokenizer(models.BPE(known, [("a", "Ã"), ("Ġ", "aÃ")]))
+    made.decoder = decoders.ByteLevel()
+    for prefix, expected in ((False, {"aé": 2, " aé": 3, "é": 1}), (True, {"aé": 2, " aé": 3, "é": 0})):
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        of = FileTokenizer(made.to_str().encode(), "tokenizer.json", 300)
+        assert {text: of.head_bytes(text) for text in expected} == expected
+
+
+def fallback():
+    """A tokenizer whose tokens are a letter, or else a byte."""
+    from tokenizers import Tokenizer, decoders, models
+
+    known = {"<unk>": 0, "a": 1, " ": 2, "<0x>": 3} | {f"<0x{byte:02X}>": byte + 10 for byte in range(256)}
+    made = Tokenizer(models.BPE(known, [], byte_fallback=True, unk_token="<unk>"))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return made.to_str().encode()

@@ -170,13 +170,37 @@ class FileTokenizer:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def head_bytes(self, text: str) -> int:
-        """See `Tokenizer.head_bytes`."""
-        offsets: Sequence[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
-        return len((text[: offsets[1][0]] if len(offsets) > 1 else text).encode())
+        """See `Tokenizer.head_bytes`.
+
+        Of a character that is cut apart by anything but bytes, as by a normaliser, the first token has none.
+        """
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        offsets: Sequence[tuple[int, int]] = encoded.offsets
+        if len(offsets) < 2:
+            return len(text.encode())
+        end, beyond = offsets[1][0], offsets[0][1]  # in characters, a cut one counted to both tokens
+        if beyond > end and (cut := _cut_bytes(encoded.tokens[0], text[:beyond])) is not None:
+            return cut
+        return len(text[:end].encode())
 
     def decoder(self) -> TextDecoder:
         """For one text."""
         return _FileDecoder(self._backend)
+
+
+def _cut_bytes(token: str, text: str) -> int | None:
+    """How many bytes a token stands for that ends inside the last character of a text; None: its name does not say."""
+    from tokenizers import pre_tokenizers
+
+    if token == f"<0x{text.encode()[0]:02X}>":  # a byte that a vocabulary of characters falls back to
+        return 1
+    # One letter for each byte of the text.
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = "".join(part for part, _ in alphabet.pre_tokenize_str(text))
+    if letters.startswith(token):
+        return len(token)
+    space: str = alphabet.pre_tokenize_str(" ")[0][0]  # it may stand before the text and is not of it
+    return len(token) - 1 if (space + letters).startswith(token) else None
 
 
 class _FileDecoder:
