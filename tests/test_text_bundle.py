@@ -208,3 +208,25 @@ def fallback():
     made = Tokenizer(models.BPE(known, [], byte_fallback=True, unk_token="<unk>"))
     made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return made.to_str().encode()
+
+
+@pytest.mark.parametrize("silent", [0, 299], ids=["control token", "no token"])
+def test_tokens_without_text_leave_nothing_behind(pairs, silent):
+    made = FileTokenizer(pairs, "tokenizer.json", 300)
+    assert made._backend.id_to_token(299) is None
+    decoder = made.decoder()
+    ids = [token for each in made.encode("the é") for token in (*[silent] * 200, each)]
+    assert "".join(decoder.push(token) for token in ids) + decoder.end() == "the é"
+    for _ in range(200):
+        assert decoder.push(silent) == ""
+    assert len(decoder._window) < 8
+
+
+def test_a_token_that_is_empty_leaves_little_behind():
+    from tokenizers import Tokenizer, decoders, models
+
+    made = Tokenizer(models.WordLevel({"": 0, "a": 1}, unk_token="a"))
+    made.decoder = decoders.Fuse()
+    decoder = FileTokenizer(made.to_str().encode(), "tokenizer.json", 2).decoder()
+    assert [decoder.push(token) for token in (1, *[0] * 300, 1)] == ["a", *[""] * 300, "a"]
+    assert len(decoder._window) <= tokens.LONGEST_SILENCE + 2

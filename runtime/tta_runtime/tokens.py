@@ -20,6 +20,8 @@ MAX_FILE_BYTES = 64 << 20
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LONGEST_CHARACTER = 8
 """Tokens that a character may be spread over; a longer run of broken ones is given as it is."""
+LONGEST_SILENCE = 64
+"""Tokens in a row that add no text and may still matter to what comes; of a longer run the oldest is forgotten."""
 
 
 class TextDecoder(Protocol):
@@ -208,15 +210,22 @@ class _FileDecoder:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
+        self._controls = {
+            token for token, added in backend.get_added_tokens_decoder().items() if added.special
+        }
         self._window: list[int] = []
         self._told = 0
         """Tokens of the window whose text was given; they stand for what comes before the others."""
 
     def push(self, token: int) -> str:
+        if token in self._controls or self._backend.id_to_token(token) is None:
+            return ""  # decoding leaves it out
         self._window.append(token)
         before, text = self._texts()
         unfinished = text.endswith(REPLACEMENT) and len(self._window) - self._told < LONGEST_CHARACTER
         if unfinished or len(text) <= len(before):
+            if len(self._window) - self._told > LONGEST_SILENCE:
+                del self._window[self._told]
             return ""
         self._window, self._told = self._window[self._told :], len(self._window) - self._told
         return text[len(before) :]
