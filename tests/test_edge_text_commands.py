@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import tiny_text
+from bad_text_bundles import WORDS, tokenizer
 from peers import HANG_UP, Fake, error, info
 from running import run_cli, running
 from tiny_text import CHUNK, CONTEXT
@@ -180,6 +181,39 @@ def test_stream_measures_what_the_client_does(cli, server, client, tmp_path):
     )
     assert f"at most the {CONTEXT} tokens" in result.stdout
     assert f"no context {mean['no_context_bpb']:.4f}" in result.stdout
+
+
+def test_a_last_piece_too_short_to_be_scored_goes_with_the_one_before(cli, tmp_path):
+    tiny_text.build(tmp_path / "bytes", begin=None)
+    tiny_text.build(tmp_path / "words", begin=None)
+    tokenizer(json.dumps(WORDS).encode())(tmp_path / "words")
+    cases = {"bytes": ("a" * 64 + "b", 32, [32, 33]), "words": ("hello world " * 2 + "hello", 12, [12, 17])}
+    file, out = tmp_path / "text.txt", tmp_path / "out.json"
+    for name, (text, size, expected) in cases.items():
+        file.write_text(text)
+        with running(tmp_path / name) as server:
+            result = cli(server, "stream", f"text:{file}", "--piece-bytes", size, "--json", out)
+            assert result.returncode == 0, result.stderr
+            found = json.loads(out.read_text())
+            assert [row["bytes"] for row in found["rows"]] == expected
+            assert not found["interrupted"]
+            out.unlink()
+
+
+def test_pieces_too_small_for_the_bundle_are_refused_before_anything_runs(cli, tmp_path):
+    tiny_text.build(tmp_path / "bundle", begin=None)
+    (tmp_path / "text.txt").write_text("éab")
+    with running(tmp_path / "bundle") as server, Client(server.endpoint) as client:
+        client.absorb("kept", "mine")
+        arguments = ("stream", f"text:{tmp_path / 'text.txt'}", "--stream", "mine")
+        result = cli(server, *arguments, "--piece-bytes", "1", "--json", tmp_path / "out.json")
+        assert result.stderr.startswith("error (bad-value)"), result.stderr
+        assert "a piece has 1 byte" in result.stderr
+        assert "--piece-bytes" in result.stderr
+        assert result.returncode == 2
+        assert client.status().sessions[0].absorbed == 4
+        assert cli(server, *arguments, "--piece-bytes", "2").returncode == 0
+    assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.parametrize(
