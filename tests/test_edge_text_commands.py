@@ -216,6 +216,24 @@ def test_pieces_too_small_for_the_bundle_are_refused_before_anything_runs(cli, t
     assert not (tmp_path / "out.json").exists()
 
 
+def test_a_stream_that_an_error_breaks_off_leaves_the_figures_so_far(cli, server, tmp_path):
+    (tmp_path / "text.txt").write_text("x" * 200)
+    out = tmp_path / "out.json"
+    arguments = ("stream", f"text:{tmp_path / 'text.txt'}", "--json", out, "--piece-bytes")
+    size = CONTEXT - 6  # what the first piece leaves pending makes the second one too long
+    result = cli(server, *arguments, size)
+    assert result.stderr.startswith("error (context-too-long)"), result.stderr
+    assert result.returncode == 4
+    found = json.loads(out.read_text())
+    assert [row["bytes"] for row in found["rows"]] == [size]
+    assert found["interrupted"]
+    assert found["mean"]["no_context_bpb"] == found["rows"][0]["no_context_bpb"]
+    assert "bits per byte over" in result.stdout
+    out.write_text("figures of before")
+    assert cli(server, *arguments, CONTEXT + 1).returncode == 4
+    assert out.read_text() == "figures of before"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
