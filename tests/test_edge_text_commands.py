@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import queue
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -328,6 +331,64 @@ def test_a_text_that_nobody_reads_any_more_is_cancelled():
         assert fake.requests[-1] == wire.Cancel(id=3, request=2)
         assert stream.end is None
         assert list(stream) == []
+
+
+@pytest.mark.parametrize("parts", [[], ["a"]], ids=["before a part", "after a part"])
+def test_a_text_that_another_thread_closes_ends_and_is_cancelled(parts):
+    replies = [lambda m, start=start, text=text: part(m, start, text) for start, text in enumerate(parts)]
+    with writer(*replies) as fake, Client(fake.endpoint) as client:
+        stream = client.generate("x")
+        heard = queue.SimpleQueue()
+        with reading(stream, heard):
+            assert [heard.get(timeout=20) for _ in parts] == parts
+            fake.wait(2)  # its thread waits for the next part now
+            stream.close()
+        assert heard.empty()
+        fake.wait(1)
+        assert fake.requests[-1] == wire.Cancel(id=3, request=2)
+        assert stream.end is None
+        assert list(stream) == []
+        stream.close()
+
+
+def test_a_text_that_waits_to_be_asked_for_again_is_closed_by_another_thread():
+    fake = writer(lambda m: error(m, Busy.code, 3600.0))
+    patient = Retry(attempts=3, wait_s=3600.0, max_wait_s=3600.0)
+    with fake, Client(fake.endpoint, retry=patient) as client:
+        stream = client.generate("x")
+        with reading(stream, queue.SimpleQueue()):
+            fake.wait(2)
+            stream.close()
+        assert list(stream) == []
+        assert sum(isinstance(message, wire.Generate) for message in fake.requests) == 1
+
+
+def test_a_text_that_was_closed_is_not_asked_for():
+    with writer(lambda m: part(m, 0, "a")) as fake, Client(fake.endpoint) as client:
+        stream = client.generate("x")
+        stream.close()
+        assert list(stream) == []
+        assert fake.requests == []
+
+
+@contextmanager
+def reading(stream, heard):
+    """A thread that reads a text; at the end it must have ended, and without an error."""
+    failures = []
+
+    def read():
+        try:
+            for each in stream:
+                heard.put(each)
+        except BaseException as failure:  # noqa: BLE001 - raised in the test's own thread below
+            failures.append(failure)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    yield
+    thread.join(20)
+    assert not thread.is_alive()
+    assert failures == []
 
 
 def test_a_refused_text_is_asked_for_again_and_one_that_broke_off_is_not():
