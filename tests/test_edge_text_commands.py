@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import queue
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 import tiny_text
+from bad_text_bundles import WORDS, tokenizer
 from peers import HANG_UP, Fake, error, info
 from running import run_cli, running
 from tiny_text import CHUNK, CONTEXT
@@ -182,6 +186,57 @@ def test_stream_measures_what_the_client_does(cli, server, client, tmp_path):
     assert f"no context {mean['no_context_bpb']:.4f}" in result.stdout
 
 
+def test_a_last_piece_too_short_to_be_scored_goes_with_the_one_before(cli, tmp_path):
+    tiny_text.build(tmp_path / "bytes", begin=None)
+    tiny_text.build(tmp_path / "words", begin=None)
+    tokenizer(json.dumps(WORDS).encode())(tmp_path / "words")
+    cases = {"bytes": ("a" * 64 + "b", 32, [32, 33]), "words": ("hello world " * 2 + "hello", 12, [12, 17])}
+    file, out = tmp_path / "text.txt", tmp_path / "out.json"
+    for name, (text, size, expected) in cases.items():
+        file.write_text(text)
+        with running(tmp_path / name) as server:
+            result = cli(server, "stream", f"text:{file}", "--piece-bytes", size, "--json", out)
+            assert result.returncode == 0, result.stderr
+            found = json.loads(out.read_text())
+            assert [row["bytes"] for row in found["rows"]] == expected
+            assert not found["interrupted"]
+            out.unlink()
+
+
+def test_pieces_too_small_for_the_bundle_are_refused_before_anything_runs(cli, tmp_path):
+    tiny_text.build(tmp_path / "bundle", begin=None)
+    (tmp_path / "text.txt").write_text("éab")
+    with running(tmp_path / "bundle") as server, Client(server.endpoint) as client:
+        client.absorb("kept", "mine")
+        arguments = ("stream", f"text:{tmp_path / 'text.txt'}", "--stream", "mine")
+        result = cli(server, *arguments, "--piece-bytes", "1", "--json", tmp_path / "out.json")
+        assert result.stderr.startswith("error (bad-value)"), result.stderr
+        assert "a piece has 1 byte" in result.stderr
+        assert "--piece-bytes" in result.stderr
+        assert result.returncode == 2
+        assert client.status().sessions[0].absorbed == 4
+        assert cli(server, *arguments, "--piece-bytes", "2").returncode == 0
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_stream_that_an_error_breaks_off_leaves_the_figures_so_far(cli, server, tmp_path):
+    (tmp_path / "text.txt").write_text("x" * 200)
+    out = tmp_path / "out.json"
+    arguments = ("stream", f"text:{tmp_path / 'text.txt'}", "--json", out, "--piece-bytes")
+    size = CONTEXT - 6  # what the first piece leaves pending makes the second one too long
+    result = cli(server, *arguments, size)
+    assert result.stderr.startswith("error (context-too-long)"), result.stderr
+    assert result.returncode == 4
+    found = json.loads(out.read_text())
+    assert [row["bytes"] for row in found["rows"]] == [size]
+    assert found["interrupted"]
+    assert found["mean"]["no_context_bpb"] == found["rows"][0]["no_context_bpb"]
+    assert "bits per byte over" in result.stdout
+    out.write_text("figures of before")
+    assert cli(server, *arguments, CONTEXT + 1).returncode == 4
+    assert out.read_text() == "figures of before"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -276,6 +331,64 @@ def test_a_text_that_nobody_reads_any_more_is_cancelled():
         assert fake.requests[-1] == wire.Cancel(id=3, request=2)
         assert stream.end is None
         assert list(stream) == []
+
+
+@pytest.mark.parametrize("parts", [[], ["a"]], ids=["before a part", "after a part"])
+def test_a_text_that_another_thread_closes_ends_and_is_cancelled(parts):
+    replies = [lambda m, start=start, text=text: part(m, start, text) for start, text in enumerate(parts)]
+    with writer(*replies) as fake, Client(fake.endpoint) as client:
+        stream = client.generate("x")
+        heard = queue.SimpleQueue()
+        with reading(stream, heard):
+            assert [heard.get(timeout=20) for _ in parts] == parts
+            fake.wait(2)  # its thread waits for the next part now
+            stream.close()
+        assert heard.empty()
+        fake.wait(1)
+        assert fake.requests[-1] == wire.Cancel(id=3, request=2)
+        assert stream.end is None
+        assert list(stream) == []
+        stream.close()
+
+
+def test_a_text_that_waits_to_be_asked_for_again_is_closed_by_another_thread():
+    fake = writer(lambda m: error(m, Busy.code, 3600.0))
+    patient = Retry(attempts=3, wait_s=3600.0, max_wait_s=3600.0)
+    with fake, Client(fake.endpoint, retry=patient) as client:
+        stream = client.generate("x")
+        with reading(stream, queue.SimpleQueue()):
+            fake.wait(2)
+            stream.close()
+        assert list(stream) == []
+        assert sum(isinstance(message, wire.Generate) for message in fake.requests) == 1
+
+
+def test_a_text_that_was_closed_is_not_asked_for():
+    with writer(lambda m: part(m, 0, "a")) as fake, Client(fake.endpoint) as client:
+        stream = client.generate("x")
+        stream.close()
+        assert list(stream) == []
+        assert fake.requests == []
+
+
+@contextmanager
+def reading(stream, heard):
+    """A thread that reads a text; at the end it must have ended, and without an error."""
+    failures = []
+
+    def read():
+        try:
+            for each in stream:
+                heard.put(each)
+        except BaseException as failure:  # noqa: BLE001 - raised in the test's own thread below
+            failures.append(failure)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    yield
+    thread.join(20)
+    assert not thread.is_alive()
+    assert failures == []
 
 
 def test_a_refused_text_is_asked_for_again_and_one_that_broke_off_is_not():

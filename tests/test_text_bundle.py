@@ -176,3 +176,57 @@ def test_the_first_token_of_pairs_stands_for_its_bytes(pairs):
     assert made.head_bytes(text) == len((decoder.push(first) + decoder.end()).encode())
     assert made.head_bytes("") == 0
     assert made.head_bytes("t") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("é", 1), ("éa", 1), ("€x", 1), ("😀", 1), ("😀😀", 1), ("👩‍👩", 1), ("aé", 1), (" é", 1)],
+)
+def test_the_first_token_inside_a_character_stands_for_its_part_of_it(pairs, text, expected):
+    assert FileTokenizer(pairs, "tokenizer.json", 300).head_bytes(text) == expected
+    assert FileTokenizer(fallback(), "tokenizer.json", 300).head_bytes(text) == expected
+
+
+def test_a_token_that_ends_inside_a_character_counts_its_whole_characters_too():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = {letter: place for place, letter in enumerate(letters)} | {"aÃ": 256, "Ġa": 257, "ĠaÃ": 258}
+    made = Tokenizer(models.BPE(known, [("a", "Ã"), ("Ġ", "aÃ")]))
+    made.decoder = decoders.ByteLevel()
+    for prefix, expected in ((False, {"aé": 2, " aé": 3, "é": 1}), (True, {"aé": 2, " aé": 3, "é": 0})):
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        of = FileTokenizer(made.to_str().encode(), "tokenizer.json", 300)
+        assert {text: of.head_bytes(text) for text in expected} == expected
+
+
+def fallback():
+    """A tokenizer whose tokens are a letter, or else a byte."""
+    from tokenizers import Tokenizer, decoders, models
+
+    known = {"<unk>": 0, "a": 1, " ": 2, "<0x>": 3} | {f"<0x{byte:02X}>": byte + 10 for byte in range(256)}
+    made = Tokenizer(models.BPE(known, [], byte_fallback=True, unk_token="<unk>"))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return made.to_str().encode()
+
+
+@pytest.mark.parametrize("silent", [0, 299], ids=["control token", "no token"])
+def test_tokens_without_text_leave_nothing_behind(pairs, silent):
+    made = FileTokenizer(pairs, "tokenizer.json", 300)
+    assert made._backend.id_to_token(299) is None
+    decoder = made.decoder()
+    ids = [token for each in made.encode("the é") for token in (*[silent] * 200, each)]
+    assert "".join(decoder.push(token) for token in ids) + decoder.end() == "the é"
+    for _ in range(200):
+        assert decoder.push(silent) == ""
+    assert len(decoder._window) < 8
+
+
+def test_a_token_that_is_empty_leaves_little_behind():
+    from tokenizers import Tokenizer, decoders, models
+
+    made = Tokenizer(models.WordLevel({"": 0, "a": 1}, unk_token="a"))
+    made.decoder = decoders.Fuse()
+    decoder = FileTokenizer(made.to_str().encode(), "tokenizer.json", 2).decoder()
+    assert [decoder.push(token) for token in (1, *[0] * 300, 1)] == ["a", *[""] * 300, "a"]
+    assert len(decoder._window) <= tokens.LONGEST_SILENCE + 2

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tiny_bundle
@@ -383,6 +384,25 @@ def test_candidates_are_the_most_probable_ones(logits, temperature, top_k, top_p
     assert len(tokens) <= (top_k or len(logits))
     left = np.setdiff1d(np.arange(len(logits)), tokens)
     assert not len(left) or logits[left].max() <= logits[tokens].min()
+
+
+@given(
+    LOGITS,
+    st.floats(min_value=0, max_value=100, exclude_min=True) | st.sampled_from([5e-324, 1e-310, 1e-300, 1e-9]),
+    st.integers(0, 40),
+    st.floats(0.01, 1),
+)
+@example(np.array([1, 2, 2, -3], np.float32), 1e-310, 0, 1.0)
+@example(np.array([-3e38, 3e38], np.float32), 5e-324, 0, 0.5)
+def test_no_temperature_is_too_small_for_probabilities(logits, temperature, top_k, top_p):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens, p = candidates(logits, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    assert np.isfinite(p).all()
+    assert p.sum() == pytest.approx(1)
+    assert tokens[0] == np.argmax(logits)
+    if temperature < 1e-300:
+        assert set(tokens[p > 0]) <= set(np.flatnonzero(logits == logits.max()))
 
 
 @given(LOGITS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from queue import SimpleQueue
 from types import TracebackType
@@ -322,33 +322,49 @@ class Client:
             self._limits = losses, info.limits
         return self._limits[1]
 
-    def _stream(self, ask: Ask[TextEnd], timeout_s: float) -> Generator[Received[Any] | TextEnd, None, None]:
+    def _stream(
+        self, ask: Ask[TextEnd], timeout_s: float, stop: _Stop
+    ) -> Generator[Received[Any] | TextEnd, None, None]:
         """The parts of an answer, then what it ends with; made again, as a call is, where no part has come."""
         attempts = Attempts(self._retry)
-        while True:
+        while not stop.told.is_set():
             began_s, came = time.monotonic(), False
             try:
                 calls.check_size(ask.nbytes, self._known_limits(timeout_s, began_s), self.endpoint)
-                with closing(self._listen(ask, timeout_s)) as heard:
+                with closing(self._listen(ask, timeout_s, stop)) as heard:
                     for received in heard:
                         came = came or isinstance(received.message, PARTS)
                         yield received if isinstance(received.message, PARTS) else ask.result(received, 0.0)
                 return
             except TtaError as error:
+                if stop.told.is_set():
+                    return
                 wait_s = attempts.failed(error, begun=came)
-            time.sleep(wait_s)
+            stop.told.wait(wait_s)
 
-    def _listen(self, ask: Ask[Any], timeout_s: float) -> Generator[Received[Any], None, None]:
+    def _listen(self, ask: Ask[Any], timeout_s: float, stop: _Stop) -> Generator[Received[Any], None, None]:
+        if stop.told.is_set():
+            return
         heard: SimpleQueue[Received[Any] | None] = SimpleQueue()
         call = Call(ask.message, ask.tensors, timeout_s, time.monotonic(), part=heard.put)
         self._io.submit(call, lambda: heard.put(None))
+
+        def end() -> None:
+            self._io.cancel(call)
+            heard.put(None)
+
         try:
-            while (part := heard.get()) is not None:  # its thread keeps the deadline
+            stop.then(end)
+            while (
+                part := heard.get()
+            ) is not None and not stop.told.is_set():  # its thread keeps the deadline
                 yield part
         finally:
+            stop.then(None)
             if call.outcome is None:
                 self._io.cancel(call)
-        yield call.received()[0]
+        if not stop.told.is_set():
+            yield call.received()[0]
 
     def _exchange(self, ask: Ask[Any], timeout_s: float, began_s: float) -> tuple[Received[Any], float]:
         ended = threading.Event()
@@ -362,10 +378,35 @@ class Client:
         return call.received()
 
 
+class _Stop:
+    """Ends the reading of a text from any thread.
+
+    Attributes:
+        told: whether it shall end.
+    """
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+        self._end: Callable[[], None] | None = None
+
+    def tell(self) -> None:
+        """End it."""
+        self.told.set()
+        if (end := self._end) is not None:
+            end()
+
+    def then(self, end: Callable[[], None] | None) -> None:
+        """What ends what is being read now; it may be called twice."""
+        self._end = end
+        if end is not None and self.told.is_set():  # before there was anything to end
+            end()
+
+
 class TextStream:
     """A text as it is generated: an iterator of its parts, each a str of whole characters.
 
-    Ending early (`close`, or leaving the `with` block) asks the daemon to stop.
+    Ending early (`close`, or leaving the `with` block) asks the daemon to stop. One thread may close what another one
+    reads: that one finds the text at its end, and `end` None.
 
     Args:
         client: whose connection is used.
@@ -378,13 +419,16 @@ class TextStream:
 
     def __init__(self, client: Client, ask: Ask[TextEnd], timeout_s: float) -> None:
         self.end: TextEnd | None = None
+        self._stop = _Stop()
+        self._reading = threading.Lock()
         self._parts = self._read(client, ask, timeout_s)
 
     def __iter__(self) -> TextStream:
         return self
 
     def __next__(self) -> str:
-        return next(self._parts)
+        with self._reading:
+            return next(self._parts)
 
     def __enter__(self) -> TextStream:
         return self
@@ -395,12 +439,17 @@ class TextStream:
         self.close()
 
     def close(self) -> None:
-        """Read no further. May be repeated."""
-        self._parts.close()
+        """Read no further. May be repeated, and called from any thread."""
+        self._stop.tell()
+        if self._reading.acquire(blocking=False):  # else it is being read, and ends there
+            try:
+                self._parts.close()
+            finally:
+                self._reading.release()
 
     def _read(self, client: Client, ask: Ask[TextEnd], timeout_s: float) -> Generator[str, None, None]:
         parts = Parts()
-        with closing(client._stream(ask, timeout_s)) as heard:
+        with closing(client._stream(ask, timeout_s, self._stop)) as heard:
             for received in heard:
                 if isinstance(received, TextEnd):
                     self.end = received

@@ -268,12 +268,14 @@ def stream_text(
     from tta_edge.output import check_output, write_output
     from tta_edge.text_stream import Row, TextStreamer, pieces, to_json
     from tta_edge.text_view import HEAD, line, summary
+    from tta_runtime.errors import TtaError
 
     check_output(json_file)
 
     data = _read(Path(source.removeprefix(PREFIX)))
     screen = Console()
     rows, interrupted = list[Row](), False
+    failed: TtaError | None = None
     with Client(to, timeout_s=timeout_s, retry=PATIENT) as client:
         info = client.info()
         context, chunk = (0, 0) if info.text is None else (info.text.context, info.text.chunk)
@@ -291,14 +293,18 @@ def stream_text(
                 screen.print(line(row), highlight=False)
         except KeyboardInterrupt:
             interrupted = True
+        except TtaError as error:
+            failed, interrupted = error, True
     if rows:
         screen.print(summary(rows, context), highlight=False, soft_wrap=True)
-    if json_file is not None:
+    if json_file is not None and (rows or failed is None):
         form = to_json(
             rows, model=info.model_id, method=info.method, stream=source, piece_bytes=size, context_tokens=context,
             interrupted=interrupted,
         )  # fmt: skip
         write_output(json_file, json.dumps(form, indent=2, allow_nan=False) + "\n")
+    if failed is not None:
+        raise failed
     if interrupted:
         raise typer.Exit(ExitCode.INTERRUPTED)
 

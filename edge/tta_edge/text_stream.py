@@ -11,7 +11,9 @@ from typing import Any
 
 from tta_edge.client import Client
 from tta_edge.errors import UnknownSession
-from tta_runtime.errors import BadValue, ContextTooLong
+from tta_edge.wire import TextInfo
+from tta_runtime.errors import BadValue, ContextTooLong, EmptyText
+from tta_runtime.manifest_check import BYTES
 from tta_runtime.tokens import text_of
 
 SHRINK = 0.8
@@ -101,7 +103,7 @@ class TextStreamer:
 
     Args:
         client: connected to the daemon.
-        texts: the pieces.
+        texts: the pieces. A last one too short to be scored is joined to the one before.
         session: the daemon's session to use; it is reset first.
         bundle: which of the daemon's; empty for its first.
 
@@ -109,12 +111,12 @@ class TextStreamer:
         info: what the daemon said that it serves.
 
     Raises:
-        BadValue: the bundle is not for text.
+        BadValue: the bundle is not for text, or cannot score pieces as short as these.
         ClientError: the daemon cannot be reached.
     """
 
     def __init__(self, client: Client, texts: Sequence[str], *, session: str, bundle: str = "") -> None:
-        self._client, self._texts, self._session, self._bundle = client, texts, session, bundle
+        self._client, self._session, self._bundle = client, session, bundle
         self.info = client.info(bundle)
         if self.info.text is None:
             raise BadValue(
@@ -123,6 +125,7 @@ class TextStreamer:
             )
         self._context = self.info.text.context
         self._tokens_per_byte = 1.0
+        self._texts = self._scorable(texts, self.info.text)
 
     def run(self) -> Iterator[Row]:
         """One row after the other.
@@ -154,6 +157,22 @@ class TextStreamer:
                 absorb_ms=done.compute_ms,
             )
             before += text
+
+    def _scorable(self, texts: Sequence[str], facts: TextInfo) -> Sequence[str]:
+        """The pieces so that each can be scored alone, as far as that is known before they are sent."""
+        least = 1 if facts.begins else 2
+        if facts.tokenizer == BYTES and any(len(text.encode()) < least for text in texts[:-1]):
+            raise BadValue(
+                f"a piece has 1 byte, and `{self.info.model_id}` scores no single token that nothing stands before",
+                f"Set --piece-bytes to {least} or more",
+            )
+        if len(texts) < 2 or (facts.tokenizer == BYTES and len(texts[-1].encode()) >= least):
+            return texts
+        try:
+            self._client.score(texts[-1], "", self._bundle)
+        except EmptyText:
+            return [*texts[:-2], texts[-2] + texts[-1]]
+        return texts
 
     def _full(self, text: str, before: str) -> tuple[tuple[float, int], int]:
         """Bits and bytes of a piece behind as much of the text before it as fits, and how many tokens that is."""

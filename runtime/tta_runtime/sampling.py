@@ -66,8 +66,11 @@ def candidates(
         return order[:1], np.ones(1)
     if sampling.top_k:
         order = order[: sampling.top_k]
-    scaled = logits[order].astype(np.float64) / sampling.temperature
-    exps = np.exp(scaled - scaled[0])
+    below = logits[order].astype(np.float64)
+    below -= below[0]
+    # The largest is 0, so that what a tiny temperature makes infinite is only what has no chance.
+    with np.errstate(over="ignore"):
+        exps = np.exp(below / sampling.temperature)
     p = exps / exps.sum()
     if sampling.top_p < 1:
         kept = int(np.searchsorted(np.cumsum(p), sampling.top_p)) + 1

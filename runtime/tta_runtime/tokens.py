@@ -20,6 +20,8 @@ MAX_FILE_BYTES = 64 << 20
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LONGEST_CHARACTER = 8
 """Tokens that a character may be spread over; a longer run of broken ones is given as it is."""
+LONGEST_SILENCE = 64
+"""Tokens in a row that add no text and may still matter to what comes; of a longer run the oldest is forgotten."""
 
 
 class TextDecoder(Protocol):
@@ -170,13 +172,37 @@ class FileTokenizer:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def head_bytes(self, text: str) -> int:
-        """See `Tokenizer.head_bytes`."""
-        offsets: Sequence[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
-        return len((text[: offsets[1][0]] if len(offsets) > 1 else text).encode())
+        """See `Tokenizer.head_bytes`.
+
+        Of a character that is cut apart by anything but bytes, as by a normaliser, the first token has none.
+        """
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        offsets: Sequence[tuple[int, int]] = encoded.offsets
+        if len(offsets) < 2:
+            return len(text.encode())
+        end, beyond = offsets[1][0], offsets[0][1]  # in characters, a cut one counted to both tokens
+        if beyond > end and (cut := _cut_bytes(encoded.tokens[0], text[:beyond])) is not None:
+            return cut
+        return len(text[:end].encode())
 
     def decoder(self) -> TextDecoder:
         """For one text."""
         return _FileDecoder(self._backend)
+
+
+def _cut_bytes(token: str, text: str) -> int | None:
+    """How many bytes a token stands for that ends inside the last character of a text; None: its name does not say."""
+    from tokenizers import pre_tokenizers
+
+    if token == f"<0x{text.encode()[0]:02X}>":  # a byte that a vocabulary of characters falls back to
+        return 1
+    # One letter for each byte of the text.
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = "".join(part for part, _ in alphabet.pre_tokenize_str(text))
+    if letters.startswith(token):
+        return len(token)
+    space: str = alphabet.pre_tokenize_str(" ")[0][0]  # it may stand before the text and is not of it
+    return len(token) - 1 if (space + letters).startswith(token) else None
 
 
 class _FileDecoder:
@@ -184,15 +210,22 @@ class _FileDecoder:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
+        self._controls = {
+            token for token, added in backend.get_added_tokens_decoder().items() if added.special
+        }
         self._window: list[int] = []
         self._told = 0
         """Tokens of the window whose text was given; they stand for what comes before the others."""
 
     def push(self, token: int) -> str:
+        if token in self._controls or self._backend.id_to_token(token) is None:
+            return ""  # decoding leaves it out
         self._window.append(token)
         before, text = self._texts()
         unfinished = text.endswith(REPLACEMENT) and len(self._window) - self._told < LONGEST_CHARACTER
         if unfinished or len(text) <= len(before):
+            if len(self._window) - self._told > LONGEST_SILENCE:
+                del self._window[self._told]
             return ""
         self._window, self._told = self._window[self._told :], len(self._window) - self._told
         return text[len(before) :]
