@@ -32,6 +32,7 @@ from tta_edge.saver import Saver
 from tta_edge.sessions import AllInUse, Sessions
 from tta_edge.store import StateStore
 from tta_runtime import EngineOptions, TextModel, errors
+from tta_runtime.model import Checkpoint
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again and again."
 OTHER = "Sphinx of black quartz"
@@ -677,6 +678,23 @@ def test_what_another_model_exported_is_refused_by_name(long, served, tmp_path):
             served.import_session(name, data)
     assert answers(served, "mine") == before
     assert sessions(served) == listed
+
+
+def test_an_export_that_claims_more_tokens_than_can_be_told_is_refused_and_not_kept(
+    text_bundle, model, tmp_path
+):
+    state = tmp_path / "state"
+    session = reference(model, TEXT)
+    now = session.checkpoint
+    forged = session.encode(Checkpoint(now.theta, now.state, (1 << 63) - 1, now.seed))
+    with running(text_bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:
+        with pytest.raises(errors.StateMalformed, match="chunks"):
+            client.import_session("forged", forged)
+        assert sessions(client) == {}
+        assert client.absorb(TEXT, "forged").durable
+    with running(text_bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:
+        assert client.score(OTHER, "forged").before == 1 + len(TEXT) % CHUNK
+        assert sessions(client)["forged"].absorbed == len(TEXT)
 
 
 def test_scores_write_nothing(text_bundle, tmp_path):
