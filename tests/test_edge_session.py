@@ -225,6 +225,18 @@ def test_draining_waits_for_the_end_and_not_for_a_part():
     assert daemon.phase is Phase.CLOSED
 
 
+def test_an_answer_that_cannot_be_encoded_leaves_its_request_open_for_another_answer():
+    client, daemon = ClientSession(), server()
+    (arrived,), _ = daemon.receive(PEER, predict(client), 0.0)
+    with pytest.raises(wire_errors.BadField, match="`reset-done` cannot be encoded"):
+        daemon.answer(arrived, wire.ResetDone(id=1, stream="\ud800", theta_digest="d"), {}, 0.0)
+    with pytest.raises(wire_errors.BadField, match="`generated` cannot be encoded"):
+        daemon.answer(arrived, wire.Generated(id=1, start=1 << 64, tokens=1, text="a"), {}, 0.0)
+    assert daemon.open == 1
+    assert read(client, answer(daemon, arrived)).message.theta_digest == "d"
+    assert daemon.open == 0
+
+
 def test_the_life_of_a_session_only_moves_forward():
     order = list(Phase)
     for phase, moves in TRANSITIONS.items():

@@ -166,10 +166,14 @@ class ServerSession:
 
         Returns:
             The multipart messages to send; none where the peer has gone.
+
+        Raises:
+            WireError: the reply cannot be encoded. The request is still open, for another one.
         """
+        frames: Frames = [arrived.peer, *encode(reply, tensors)]
         if isinstance(reply, PARTS):
             self._last_answer_s = now_s
-            return [[arrived.peer, *encode(reply, tensors)]] if self.waited_for(arrived) else []
+            return [frames] if self.waited_for(arrived) else []
         del self._open[arrived.key]
         self._account(arrived, now_s)
         if not self._open:
@@ -177,7 +181,7 @@ class ServerSession:
         if arrived.key in self._abandoned:
             self._abandoned.remove(arrived.key)
             return []
-        return [[arrived.peer, *encode(reply, tensors)]]
+        return [frames]
 
     def gone(self, peer: bytes) -> int:
         """Note that a peer cannot be reached; returns how many of its requests nobody waits for any more.
