@@ -219,6 +219,9 @@ def test_bad_input_is_refused_by_name_and_no_session_notices(served):
         (errors.WrongTask, "", lambda: served.rollback("one")),
         (errors.BadField, "temperature", lambda: served.generate("abc", temperature=-1)),
         (errors.BadField, "top_p", lambda: served.generate("abc", top_p=0)),
+        (errors.BadField, "top_k", lambda: served.generate("abc", top_k=-1)),
+        (errors.BadField, "top_k", lambda: served.generate("abc", top_k=2**31)),
+        (errors.BadField, "top_k", lambda: served.generate("abc", top_k=2**64)),
         (errors.BadField, "max_tokens", lambda: served.generate("abc", max_tokens=0)),
         (errors.BadField, "session", lambda: served.absorb("abc", "../etc")),
     ]
