@@ -22,8 +22,9 @@ from serving import Link, until
 from snapshots import files
 from tiny_text import BEGIN, CHUNK, CONTEXT
 from tta_edge import hosting, wire
-from tta_edge.client import Client
+from tta_edge.client import Client, Retry
 from tta_edge.client_async import AsyncClient
+from tta_edge.client_io import MAX_OPEN
 from tta_edge.config import BundleConfig, Config
 from tta_edge.errors import Cancelled, SessionExists, TooManySessions, UnknownSession
 from tta_edge.hosting import pass_bytes
@@ -182,6 +183,24 @@ def test_metrics_tell_of_tokens_and_sessions(text_bundle):
     assert 'tta_text_first_token_seconds_count{bundle="default"} 1.0\n' in text
     assert 'tta_text_token_seconds_count{bundle="default"} 7.0\n' in text
     assert 'tta_sessions_held{place="memory"} 1.0\n' in text
+
+
+@pytest.mark.parametrize("bounds", [{}, {"max_queue": MAX_OPEN}])
+def test_texts_are_cancelled_where_no_further_request_has_a_place(long, bounds):
+    with running(long, **bounds) as server, Client(server.endpoint, timeout_s=30) as client:
+        texts = [client.generate("abc", max_tokens=LONG, seed=seed) for seed in range(MAX_OPEN)]
+        threads = [threading.Thread(target=next, args=(text,)) for text in texts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert server._session.open == MAX_OPEN
+        for left in range(MAX_OPEN - 1, -1, -1):
+            texts[left].close()
+        with Client(server.endpoint, timeout_s=30, retry=Retry(attempts=1000, wait_s=0.05)) as watcher:
+            until(lambda: watcher.status().requests.open, lambda open_: open_ == 1)
+            assert watcher.status().requests.failures.get("cancelled") == MAX_OPEN
+        assert generated(server) < LONG
 
 
 # --- refusals -----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from tta_edge.errors import AddressInUse, CannotBind, Internal
 from tta_edge.metrics import exposition
 from tta_edge.notify import Notifier, watchdog_s
 from tta_edge.responder import Responder
-from tta_edge.session import Arrived, Frames, Phase, Refused, ServerSession, error_reply
+from tta_edge.session import Arrived, Frames, Phase, Refused, ServerSession, Settled, error_reply
 from tta_edge.stats import Stats
 from tta_edge.wire import PARTS, Limits, Reply, Tensors, tag
 from tta_runtime.atomic import DISK, Disk
@@ -159,8 +159,8 @@ class Server:
             max_open_bytes=config.max_queue_bytes,
             per_client=config.max_client_requests,
         )
-        # The session opens at most `max_queue` requests, and each has at most one reply or part of one for each turn of
-        # the answering thread, so few answers wait.
+        # The session opens at most `max_queue` requests and one `cancel` of each, and each has at most one reply or
+        # part of one for each turn of the answering thread, so few answers wait.
         self._outbox: deque[tuple[Arrived, Reply, Tensors]] = deque()
         self._inbox = Inbox(
             lambda arrived: self._responder.merge(arrived),
@@ -248,6 +248,8 @@ class Server:
                 if isinstance(event, Refused):
                     self.stats.refused(event.error.code)
                     log.info("refused %s: %s", event.error.code, event.error.cause)
+                elif isinstance(event, Settled):
+                    self.stats.answered(event.kind)
                 else:
                     self._inbox.put(event)
             self._send(replies)
