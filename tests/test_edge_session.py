@@ -225,6 +225,23 @@ def test_draining_refuses_new_requests_and_closes_with_the_last_answer():
     assert daemon.phase is Phase.CLOSED
 
 
+def test_w14_draining_takes_a_cancel_and_closes_when_it_and_what_it_ended_are_answered():
+    client, daemon = ClientSession(), server()
+    (text,), _ = daemon.receive(PEER, predict(client), 0.0)
+    daemon.drain()
+    (event,), replies = daemon.receive(PEER, cancel(client, 99), 0.0)
+    assert event == Settled(PEER, "cancel")
+    assert not read(client, replies).message.found
+    (stop,), _ = daemon.receive(PEER, cancel(client, text.message.id), 0.0)
+    assert isinstance(stop, Arrived)
+    assert answer(daemon, stop)
+    assert daemon.phase is Phase.DRAINING
+    assert answer(daemon, text)
+    assert daemon.phase is Phase.CLOSED
+    (event,), _ = daemon.receive(PEER, cancel(client, text.message.id), 0.0)
+    assert isinstance(event, Refused)
+
+
 def test_draining_with_nothing_open_closes_at_once():
     daemon = server()
     daemon.drain()

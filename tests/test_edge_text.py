@@ -185,24 +185,6 @@ def test_metrics_tell_of_tokens_and_sessions(text_bundle):
     assert 'tta_sessions_held{place="memory"} 1.0\n' in text
 
 
-@pytest.mark.parametrize("bounds", [{}, {"max_queue": MAX_OPEN}])
-def test_texts_are_cancelled_where_no_further_request_has_a_place(long, bounds):
-    with running(long, **bounds) as server, Client(server.endpoint, timeout_s=30) as client:
-        texts = [client.generate("abc", max_tokens=LONG, seed=seed) for seed in range(MAX_OPEN)]
-        threads = [threading.Thread(target=next, args=(text,)) for text in texts]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE_S)
-        assert server._session.open == MAX_OPEN
-        for left in range(MAX_OPEN - 1, -1, -1):
-            texts[left].close()
-        with Client(server.endpoint, timeout_s=30, retry=Retry(attempts=1000, wait_s=0.05)) as watcher:
-            until(lambda: watcher.status().requests.open, lambda open_: open_ == 1)
-            assert watcher.status().requests.failures.get("cancelled") == MAX_OPEN
-        assert generated(server) < LONG
-
-
 # --- refusals -----------------------------------------------------------------------------------------
 
 
@@ -360,56 +342,56 @@ def test_a_client_that_goes_away_stops_its_text(long):
         assert generated(server) < LONG
 
 
-def test_w14_cancelled_by_hand_and_only_by_the_same_client(long):
+@pytest.mark.parametrize("draining", [False, True])
+def test_w14_cancelled_by_hand_and_only_by_the_same_client(long, draining):
     prompt = np.frombuffer(b"abc", np.uint8)
-    with running(long) as server, Client(server.endpoint) as client:
+    with running(long, drain_s=2 * PATIENCE_S) as server, Client(server.endpoint) as client:
         socket = zmq.Context.instance().socket(zmq.DEALER)
         socket.linger = 0
         socket.connect(server.endpoint)
+
+        def heard():
+            assert socket.poll(PATIENCE_S * 1e3)
+            return wire.decode_reply(socket.recv_multipart()).message
+
         socket.send_multipart(
             wire.encode(wire.Generate(id=7, prompt=wire.declare(prompt), max_tokens=LONG), {"prompt": prompt})
         )
-        heard = wire.decode_reply(socket.recv_multipart()).message
-        assert isinstance(heard, wire.Generated)
+        assert isinstance(heard(), wire.Generated)
         assert raw(server.endpoint, wire.Cancel(id=1, request=7), {}) == wire.CancelDone(id=1, found=False)
+        assert client.status().requests.open == 2  # with the status itself
+        if draining:
+            server.stop()
+            until(lambda: isinstance(heard(), wire.Generated) and not server.accepting())
         socket.send_multipart(wire.encode(wire.Cancel(id=8, request=7)))
         last = []
         while len(last) < 2:
-            message = wire.decode_reply(socket.recv_multipart()).message
+            message = heard()
             last += [] if isinstance(message, wire.Generated) else [message]
         socket.close()
         done, error = sorted(last, key=lambda each: -each.id)
         assert done == wire.CancelDone(id=8, found=True)
         assert (error.id, error.code) == (7, Cancelled.code)
-        assert client.status().requests.failures == {"cancelled": 1}
+        figures = server.stats.figures()
+        assert (figures.answered["cancel"], figures.refused) == (2, {"cancelled": 1})
 
 
-def test_requests_to_one_session_keep_their_order(long, model):
-    @coroutine
-    async def check():
-        async with AsyncClient(server.endpoint, timeout_s=60.0) as client:
-            pieces = [f"{number}: {TEXT}" for number in range(6)]
-            replies = await asyncio.gather(*(client.absorb(piece, "line") for piece in pieces))
-            assert [reply.absorbed for reply in replies] == list(np.cumsum([len(piece) for piece in pieces]))
-
-    with running(long) as server:
-        check()
-
-
-def test_an_absorb_waits_for_the_text_that_the_same_session_writes(long):
-    @coroutine
-    async def check():
-        async with AsyncClient(server.endpoint, timeout_s=60.0) as client:
-            await client.absorb(TEXT, "s")
-            async with client.generate("abc", "s", max_tokens=LONG) as stream:
-                await anext(stream)
-                waiting = asyncio.create_task(client.absorb(OTHER, "s"))
-                await client.absorb(OTHER, "t")  # another session does not wait
-                assert not waiting.done()
-            assert (await waiting).absorbed == len(TEXT) + len(OTHER)
-
-    with running(long) as server:
-        check()
+@pytest.mark.parametrize("bounds", [{}, {"max_queue": MAX_OPEN}])
+def test_texts_are_cancelled_where_no_further_request_has_a_place(long, bounds):
+    with running(long, **bounds) as server, Client(server.endpoint, timeout_s=30) as client:
+        texts = [client.generate("abc", max_tokens=LONG, seed=seed) for seed in range(MAX_OPEN)]
+        threads = [threading.Thread(target=next, args=(text,)) for text in texts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert server._session.open == MAX_OPEN
+        for left in range(MAX_OPEN - 1, -1, -1):
+            texts[left].close()
+        with Client(server.endpoint, timeout_s=30, retry=Retry(attempts=1000, wait_s=0.05)) as watcher:
+            until(lambda: watcher.status().requests.open, lambda open_: open_ == 1)
+            assert watcher.status().requests.failures.get("cancelled") == MAX_OPEN
+        assert generated(server) < LONG
 
 
 # --- many sessions, little memory ---------------------------------------------------------------------

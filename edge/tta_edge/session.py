@@ -224,7 +224,7 @@ class ServerSession:
         return arrived.key not in self._abandoned
 
     def drain(self) -> None:
-        """Take no new requests; the session closes when the last open one is answered."""
+        """Take no new requests but to cancel open ones; the session closes when the last open one is answered."""
         self._signal(Signal.DRAIN)
         if not self._open:
             self._signal(Signal.EMPTY)
@@ -233,7 +233,8 @@ class ServerSession:
         self.phase = TRANSITIONS[self.phase].get(signal, self.phase)
 
     def _refusal(self, arrived: Arrived) -> ServiceError | None:
-        if self.phase is not Phase.SERVING:
+        ends_one = isinstance(arrived.message, Cancel) and self.phase is Phase.DRAINING
+        if self.phase is not Phase.SERVING and not ends_one:
             return Draining(
                 "the daemon is shutting down", "Connect to the daemon that replaces it, then repeat"
             )
