@@ -23,7 +23,7 @@ import tiny_bundle
 from peers import HANG_UP, Fake
 from running import daemon, process_environment, running
 from tta_edge import errors, exit_codes, wire
-from tta_edge.calls import _errors_by_code
+from tta_edge.calls import Ask, _errors_by_code
 from tta_edge.client import Client, Retry, as_error
 from tta_edge.retry import Attempts
 from tta_runtime import errors as runtime_errors
@@ -543,6 +543,36 @@ def test_a_closed_client_says_so(free_endpoint):
     for call in (lambda: client.predict(X), client.info, client.status):
         with pytest.raises(errors.ClientClosed, match=free_endpoint):
             call()
+
+
+@pytest.mark.parametrize(
+    ("message", "tensors"),
+    [
+        (wire.Events(id=0, limit=1 << 64), {}),
+        (wire.Info(id=0, bundle="\ud800"), {}),
+        (wire.Predict(id=0, x=wire.declare(X)), {}),
+        (wire.Predict(id=0, x=wire.declare(X)), {"x": None}),
+    ],
+)
+def test_a_request_that_cannot_be_encoded_ends_that_call_only(message, tensors):
+    with Fake(lambda message: [peers.done(message)]) as fake, Client(fake.endpoint, timeout_s=30) as client:
+        assert client.reset("s").theta_digest == "digest"
+        caught = []
+
+        def work():
+            with pytest.raises(wire_errors.WireError) as error:
+                client._exchange(Ask(message, wire.InfoReply, None, tensors), 30, time.monotonic())
+            caught.append(error.value)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(SOON_S)
+        assert len(caught) == 1
+        assert caught[0].cause
+        assert caught[0].fix
+        assert client.reset("s").theta_digest == "digest"
+        assert client._io.losses == 0
+    assert [type(message) for message in fake.requests] == [wire.Reset] * 2
 
 
 def test_closing_ends_the_calls_of_other_threads():

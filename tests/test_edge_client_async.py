@@ -15,6 +15,7 @@ import tiny_bundle
 from peers import HANG_UP, Fake, coroutine
 from running import daemon, running
 from tta_edge import errors, wire
+from tta_edge.calls import Ask
 from tta_edge.client import Client
 from tta_edge.client_async import AsyncClient
 from tta_edge.retry import Retry
@@ -344,6 +345,18 @@ async def test_what_the_daemon_would_not_take_is_refused_here():
             with pytest.raises(runtime_errors.BadValue):
                 await client.info(timeout_s=0)
     assert [type(message) for message in fake.requests] == [wire.Info]
+
+
+@coroutine
+async def test_a_request_that_cannot_be_encoded_ends_that_call_only():
+    with Fake(lambda message: [peers.done(message)]) as fake:
+        async with AsyncClient(fake.endpoint, timeout_s=30, max_open=1) as client:
+            broken = Ask(wire.Events(id=0, limit=1 << 64), wire.EventsReply, None)
+            calls = [client.reset("s"), client._call(broken, 30), client.reset("s"), client._call(broken, 30)]
+            found = await asyncio.wait_for(outcomes(*calls), 20)
+            assert [type(each) for each in found] == [wire.ResetDone, wire_errors.BadField] * 2
+            assert client._io.losses == 0
+    assert [type(message) for message in fake.requests] == [wire.Reset] * 2
 
 
 @pytest.mark.parametrize("settings", [{"max_open": 0}, {"timeout_s": -1}])

@@ -312,6 +312,34 @@ def test_bytes_that_are_not_zeromq_do_not_matter(bundle, client, server):
                 connection.sendall(data)
 
 
+def test_an_answer_that_cannot_be_encoded_is_an_internal_error_and_the_daemon_goes_on(bundle, caplog):
+    """What no number type of the wire holds, put where the answering thread puts its answers."""
+    with running(bundle) as server, Raw(server.endpoint) as raw, Client(server.endpoint) as client:
+        respond = server._responder.respond
+
+        def broken(group):
+            (arrived,) = group
+            if isinstance(arrived.message, wire.Events):
+                server._emit(arrived, wire.Generated(id=1, start=1 << 64, tokens=1, text=""), {})
+                server._emit(
+                    arrived,
+                    wire.RollbackDone(id=1, stream="", theta_digest="", steps=1 << 64, to="source"),
+                    {},
+                )
+            else:
+                respond(group)
+
+        server._responder.respond = broken
+        error = raw.ask(*wire.encode(wire.Events(id=1)))
+        assert (error.id, error.code) == (1, "internal")
+        status = client.status()
+        assert (status.requests.open, status.requests.failures) == (1, {"internal": 1})  # the status itself
+        assert raw.ask(*wire.encode(wire.Info(id=1))).id == 1
+    defects = [record for record in caplog.records if record.exc_info]
+    assert ["generated" in record.getMessage() for record in defects] == [True, False]
+    assert "rollback-done" in defects[1].getMessage()
+
+
 def test_reset_of_a_stream_that_does_not_exist(bundle, client):
     with nothing_changes(client, bundle), pytest.raises(errors.UnknownStream, match="did you mean `default`"):
         client.reset("defualt")

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tta_edge import wire
-from tta_edge.session import TRANSITIONS, Arrived, ClientSession, Phase, Refused, ServerSession, Signal
+from tta_edge.session import (
+    TRANSITIONS,
+    Arrived,
+    ClientSession,
+    Phase,
+    Refused,
+    ServerSession,
+    Settled,
+    Signal,
+)
 from tta_runtime import errors as wire_errors
 
 X = np.ones((2, 3), np.float32)
@@ -156,6 +165,54 @@ def test_an_id_is_used_once_at_a_time_and_only_by_its_peer():
     assert isinstance(daemon.receive(PEER, frames, 0.0)[0][0], Arrived)
 
 
+def cancel(client, number):
+    return [bytes(f) for f in client.request(wire.Cancel(id=0, request=number))]
+
+
+@pytest.mark.parametrize("bounds", [{"capacity": 2}, {"capacity": 100, "per_client": 2}])
+def test_w14_a_cancel_finds_a_place_however_much_is_open_and_takes_none(bounds):
+    client, daemon = ClientSession(), ServerSession(wire.Limits(), max_open_bytes=1, **bounds)
+    daemon.max_open_bytes = 2 * X.nbytes
+    texts = [daemon.receive(PEER, predict(client), 0.0)[0][0] for _ in range(2)]
+    assert isinstance(daemon.receive(PEER, predict(client), 0.0)[0][0], Refused)
+    cancels = [daemon.receive(PEER, cancel(client, text.message.id), 0.0)[0][0] for text in texts]
+    assert [type(each) for each in cancels] == [Arrived] * 2
+    assert daemon.open == 4
+    for each in (*cancels, *texts):
+        assert isinstance(daemon.receive(PEER, predict(client), 0.0)[0][0], Refused)
+        answer(daemon, each)
+        if each is texts[0]:  # what was cancelled has ended: its place is free
+            assert isinstance(daemon.receive(PEER, predict(client), 0.0)[0][0], Arrived)
+
+
+def test_w14_a_flood_of_cancels_holds_no_more_than_the_requests_that_are_open():
+    client, daemon = ClientSession(), server(capacity=2)
+    (text,), _ = daemon.receive(PEER, predict(client), 0.0)
+    (first,), _ = daemon.receive(PEER, cancel(client, text.message.id), 0.0)
+    for _ in range(100):
+        (event,), replies = daemon.receive(PEER, cancel(client, text.message.id), 0.0)
+        assert isinstance(event, Refused)
+        assert read(client, replies).message.code == "duplicate-request"
+        (event,), replies = daemon.receive(PEER, cancel(client, first.message.id), 0.0)
+        assert event == Settled(PEER, "cancel")
+        assert not read(client, replies).message.found  # a cancel is no request that could be cancelled
+        (event,), replies = daemon.receive(b"other", cancel(ClientSession(), text.message.id), 0.0)
+        assert event == Settled(b"other", "cancel")
+        assert daemon.open == 2
+    answer(daemon, first)
+    assert isinstance(daemon.receive(PEER, cancel(client, text.message.id), 0.0)[0][0], Arrived)
+
+
+def test_a_request_keeps_its_place_until_the_cancel_of_it_is_answered():
+    client, daemon = ClientSession(), server(capacity=1)
+    (text,), _ = daemon.receive(PEER, predict(client), 0.0)
+    (stop,), _ = daemon.receive(PEER, cancel(client, text.message.id), 0.0)
+    answer(daemon, text)
+    assert isinstance(daemon.receive(PEER, predict(client), 0.0)[0][0], Refused)
+    answer(daemon, stop)
+    assert isinstance(daemon.receive(PEER, predict(client), 0.0)[0][0], Arrived)
+
+
 def test_draining_refuses_new_requests_and_closes_with_the_last_answer():
     client, daemon = ClientSession(), server()
     (open_one,), _ = daemon.receive(PEER, predict(client), 0.0)
@@ -166,6 +223,23 @@ def test_draining_refuses_new_requests_and_closes_with_the_last_answer():
     assert read(client, replies).message.code == "draining"
     assert answer(daemon, open_one)
     assert daemon.phase is Phase.CLOSED
+
+
+def test_w14_draining_takes_a_cancel_and_closes_when_it_and_what_it_ended_are_answered():
+    client, daemon = ClientSession(), server()
+    (text,), _ = daemon.receive(PEER, predict(client), 0.0)
+    daemon.drain()
+    (event,), replies = daemon.receive(PEER, cancel(client, 99), 0.0)
+    assert event == Settled(PEER, "cancel")
+    assert not read(client, replies).message.found
+    (stop,), _ = daemon.receive(PEER, cancel(client, text.message.id), 0.0)
+    assert isinstance(stop, Arrived)
+    assert answer(daemon, stop)
+    assert daemon.phase is Phase.DRAINING
+    assert answer(daemon, text)
+    assert daemon.phase is Phase.CLOSED
+    (event,), _ = daemon.receive(PEER, cancel(client, text.message.id), 0.0)
+    assert isinstance(event, Refused)
 
 
 def test_draining_with_nothing_open_closes_at_once():
@@ -225,6 +299,18 @@ def test_draining_waits_for_the_end_and_not_for_a_part():
     assert daemon.phase is Phase.CLOSED
 
 
+def test_an_answer_that_cannot_be_encoded_leaves_its_request_open_for_another_answer():
+    client, daemon = ClientSession(), server()
+    (arrived,), _ = daemon.receive(PEER, predict(client), 0.0)
+    with pytest.raises(wire_errors.BadField, match="`reset-done` cannot be encoded"):
+        daemon.answer(arrived, wire.ResetDone(id=1, stream="\ud800", theta_digest="d"), {}, 0.0)
+    with pytest.raises(wire_errors.BadField, match="`generated` cannot be encoded"):
+        daemon.answer(arrived, wire.Generated(id=1, start=1 << 64, tokens=1, text="a"), {}, 0.0)
+    assert daemon.open == 1
+    assert read(client, answer(daemon, arrived)).message.theta_digest == "d"
+    assert daemon.open == 0
+
+
 def test_the_life_of_a_session_only_moves_forward():
     order = list(Phase)
     for phase, moves in TRANSITIONS.items():
@@ -241,7 +327,7 @@ def test_a_reply_that_breaks_the_wire_format_is_an_error_of_the_client():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(["request", "garbage", "answer", "gone", "drain"]), max_size=40))
+@given(st.lists(st.sampled_from(["request", "garbage", "cancel", "answer", "gone", "drain"]), max_size=40))
 def test_in_any_order_every_request_is_answered_at_most_once_and_the_queue_is_bounded(actions):
     daemon, clients = server(capacity=3), {peer: ClientSession() for peer in (b"a", b"b")}
     waiting: list[Arrived] = []
@@ -255,15 +341,26 @@ def test_in_any_order_every_request_is_answered_at_most_once_and_the_queue_is_bo
             waiting += [event for event in events if isinstance(event, Arrived)]
         elif action == "garbage":
             assert len(daemon.receive(peer, [b"?"], float(turn))[1]) == 1
+        elif action == "cancel":
+            theirs = [each.message.id for each in waiting if each.peer == peer]
+            events, replies = daemon.receive(
+                peer, cancel(clients[peer], theirs[0] if theirs else 0), float(turn)
+            )
+            assert len(events) == 1
+            assert len(replies) == (not isinstance(events[0], Arrived))
+            waiting += [event for event in events if isinstance(event, Arrived)]
         elif action == "answer" and waiting:
-            arrived = waiting.pop(0)
+            arrived = waiting.pop(turn % len(waiting))
             assert len(answer(daemon, arrived, float(turn))) == (arrived.key not in gone)
         elif action == "gone":
             gone |= {arrived.key for arrived in waiting if arrived.peer == peer}
             daemon.gone(peer)
         elif action == "drain":
             daemon.drain()
-        assert daemon.open == len(waiting) <= 3
+        assert daemon.open == len(waiting)
+        cancels = sum(isinstance(arrived.message, wire.Cancel) for arrived in waiting)
+        assert len(waiting) - cancels <= 3
+        assert cancels <= 3
     for arrived in waiting:
         answer(daemon, arrived, 99.0)
     daemon.drain()

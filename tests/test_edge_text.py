@@ -22,8 +22,9 @@ from serving import Link, until
 from snapshots import files
 from tiny_text import BEGIN, CHUNK, CONTEXT
 from tta_edge import hosting, wire
-from tta_edge.client import Client
+from tta_edge.client import Client, Retry
 from tta_edge.client_async import AsyncClient
+from tta_edge.client_io import MAX_OPEN
 from tta_edge.config import BundleConfig, Config
 from tta_edge.errors import Cancelled, SessionExists, TooManySessions, UnknownSession
 from tta_edge.hosting import pass_bytes
@@ -32,6 +33,7 @@ from tta_edge.saver import Saver
 from tta_edge.sessions import AllInUse, Sessions
 from tta_edge.store import StateStore
 from tta_runtime import EngineOptions, TextModel, errors
+from tta_runtime.model import Checkpoint
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again and again."
 OTHER = "Sphinx of black quartz"
@@ -218,6 +220,9 @@ def test_bad_input_is_refused_by_name_and_no_session_notices(served):
         (errors.WrongTask, "", lambda: served.rollback("one")),
         (errors.BadField, "temperature", lambda: served.generate("abc", temperature=-1)),
         (errors.BadField, "top_p", lambda: served.generate("abc", top_p=0)),
+        (errors.BadField, "top_k", lambda: served.generate("abc", top_k=-1)),
+        (errors.BadField, "top_k", lambda: served.generate("abc", top_k=2**31)),
+        (errors.BadField, "top_k", lambda: served.generate("abc", top_k=2**64)),
         (errors.BadField, "max_tokens", lambda: served.generate("abc", max_tokens=0)),
         (errors.BadField, "session", lambda: served.absorb("abc", "../etc")),
     ]
@@ -337,56 +342,56 @@ def test_a_client_that_goes_away_stops_its_text(long):
         assert generated(server) < LONG
 
 
-def test_w14_cancelled_by_hand_and_only_by_the_same_client(long):
+@pytest.mark.parametrize("draining", [False, True])
+def test_w14_cancelled_by_hand_and_only_by_the_same_client(long, draining):
     prompt = np.frombuffer(b"abc", np.uint8)
-    with running(long) as server, Client(server.endpoint) as client:
+    with running(long, drain_s=2 * PATIENCE_S) as server, Client(server.endpoint) as client:
         socket = zmq.Context.instance().socket(zmq.DEALER)
         socket.linger = 0
         socket.connect(server.endpoint)
+
+        def heard():
+            assert socket.poll(PATIENCE_S * 1e3)
+            return wire.decode_reply(socket.recv_multipart()).message
+
         socket.send_multipart(
             wire.encode(wire.Generate(id=7, prompt=wire.declare(prompt), max_tokens=LONG), {"prompt": prompt})
         )
-        heard = wire.decode_reply(socket.recv_multipart()).message
-        assert isinstance(heard, wire.Generated)
+        assert isinstance(heard(), wire.Generated)
         assert raw(server.endpoint, wire.Cancel(id=1, request=7), {}) == wire.CancelDone(id=1, found=False)
+        assert client.status().requests.open == 2  # with the status itself
+        if draining:
+            server.stop()
+            until(lambda: isinstance(heard(), wire.Generated) and not server.accepting())
         socket.send_multipart(wire.encode(wire.Cancel(id=8, request=7)))
         last = []
         while len(last) < 2:
-            message = wire.decode_reply(socket.recv_multipart()).message
+            message = heard()
             last += [] if isinstance(message, wire.Generated) else [message]
         socket.close()
         done, error = sorted(last, key=lambda each: -each.id)
         assert done == wire.CancelDone(id=8, found=True)
         assert (error.id, error.code) == (7, Cancelled.code)
-        assert client.status().requests.failures == {"cancelled": 1}
+        figures = server.stats.figures()
+        assert (figures.answered["cancel"], figures.refused) == (2, {"cancelled": 1})
 
 
-def test_requests_to_one_session_keep_their_order(long, model):
-    @coroutine
-    async def check():
-        async with AsyncClient(server.endpoint, timeout_s=60.0) as client:
-            pieces = [f"{number}: {TEXT}" for number in range(6)]
-            replies = await asyncio.gather(*(client.absorb(piece, "line") for piece in pieces))
-            assert [reply.absorbed for reply in replies] == list(np.cumsum([len(piece) for piece in pieces]))
-
-    with running(long) as server:
-        check()
-
-
-def test_an_absorb_waits_for_the_text_that_the_same_session_writes(long):
-    @coroutine
-    async def check():
-        async with AsyncClient(server.endpoint, timeout_s=60.0) as client:
-            await client.absorb(TEXT, "s")
-            async with client.generate("abc", "s", max_tokens=LONG) as stream:
-                await anext(stream)
-                waiting = asyncio.create_task(client.absorb(OTHER, "s"))
-                await client.absorb(OTHER, "t")  # another session does not wait
-                assert not waiting.done()
-            assert (await waiting).absorbed == len(TEXT) + len(OTHER)
-
-    with running(long) as server:
-        check()
+@pytest.mark.parametrize("bounds", [{}, {"max_queue": MAX_OPEN}])
+def test_texts_are_cancelled_where_no_further_request_has_a_place(long, bounds):
+    with running(long, **bounds) as server, Client(server.endpoint, timeout_s=30) as client:
+        texts = [client.generate("abc", max_tokens=LONG, seed=seed) for seed in range(MAX_OPEN)]
+        threads = [threading.Thread(target=next, args=(text,)) for text in texts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert server._session.open == MAX_OPEN
+        for left in range(MAX_OPEN - 1, -1, -1):
+            texts[left].close()
+        with Client(server.endpoint, timeout_s=30, retry=Retry(attempts=1000, wait_s=0.05)) as watcher:
+            until(lambda: watcher.status().requests.open, lambda open_: open_ == 1)
+            assert watcher.status().requests.failures.get("cancelled") == MAX_OPEN
+        assert generated(server) < LONG
 
 
 # --- many sessions, little memory ---------------------------------------------------------------------
@@ -676,6 +681,23 @@ def test_what_another_model_exported_is_refused_by_name(long, served, tmp_path):
             served.import_session(name, data)
     assert answers(served, "mine") == before
     assert sessions(served) == listed
+
+
+def test_an_export_that_claims_more_tokens_than_can_be_told_is_refused_and_not_kept(
+    text_bundle, model, tmp_path
+):
+    state = tmp_path / "state"
+    session = reference(model, TEXT)
+    now = session.checkpoint
+    forged = session.encode(Checkpoint(now.theta, now.state, (1 << 63) - 1, now.seed))
+    with running(text_bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:
+        with pytest.raises(errors.StateMalformed, match="chunks"):
+            client.import_session("forged", forged)
+        assert sessions(client) == {}
+        assert client.absorb(TEXT, "forged").durable
+    with running(text_bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:
+        assert client.score(OTHER, "forged").before == 1 + len(TEXT) % CHUNK
+        assert sessions(client)["forged"].absorbed == len(TEXT)
 
 
 def test_scores_write_nothing(text_bundle, tmp_path):

@@ -19,6 +19,8 @@ LIMITS = wire.Limits(max_payload_bytes=1 << 20)
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 PREDICT = {"type": "predict", "id": 7, "x": {"dtype": "float32", "shape": [2, 3, 4]}}
 
+GENERATE = {"type": "generate", "id": 1, "prompt": {"dtype": "uint8", "shape": [3]}}
+
 
 def frames(header=None, *tensors, protocol=wire.PROTOCOL):
     header = PREDICT if header is None else header
@@ -135,6 +137,7 @@ BAD = [
     ("W7 stream is empty", predict(stream=""), wire_errors.BadField),
     ("W7 stream is long", predict(stream="a" * 65), wire_errors.BadField),
     ("W7 stream ends the line", predict(stream="a\n"), wire_errors.BadField),
+    ("W7 top_k beyond 31 bits", frames(GENERATE | {"top_k": 2**31}, b"abc"), wire_errors.BadField),
     ("W7 no tensor", frames({"type": "predict", "id": 1}), wire_errors.BadField),
     ("W7 tensor is nil", predict(x=None), wire_errors.BadField),
     ("W7 object dtype", predict(x={"dtype": "object", "shape": [2]}), wire_errors.BadField),

@@ -16,8 +16,9 @@ import tiny_text
 from tiny_text import BEGIN, CHUNK, CONTEXT, VOCABULARY
 from tta_runtime import Engines, Model, Sampling, TextModel, errors
 from tta_runtime.bundle import Bundle
+from tta_runtime.model import Checkpoint
 from tta_runtime.sampling import GREEDY, candidates, draw, surprise_nats
-from tta_runtime.text_model import PASS_TOKENS
+from tta_runtime.text_model import MOST_ABSORBED, PASS_TOKENS
 
 TEXT = b"The quick brown fox jumps over the lazy dog, again and again and again."
 OTHER = b"Sphinx of black quartz"
@@ -240,6 +241,26 @@ def test_notes_that_are_not_json_are_refused(model):
     for notes in ("", "{", '{"pending": [' + "[" * 5000):
         with pytest.raises(errors.StateMalformed):
             session.decode(session.encode(session.checkpoint, notes=notes))
+
+
+def test_a_session_that_has_absorbed_more_than_can_be_told_is_refused(model):
+    session = model.session()
+    session.absorb(list(TEXT))
+    now, most = session.checkpoint, MOST_ABSORBED // CHUNK
+    assert session.pending
+    for steps in (most + 1, (1 << 63) - 1):
+        with pytest.raises(errors.StateMalformed, match=f"{steps} chunks"):
+            session.decode(session.encode(Checkpoint(now.theta, now.state, steps, now.seed)))
+    again = model.session()
+    checkpoint, _, notes = again.decode(session.encode(Checkpoint(now.theta, now.state, most - 1, now.seed)))
+    again.resume(checkpoint, notes)
+    before = snapshot(again)
+    with pytest.raises(errors.StateMalformed, match=f"{MOST_ABSORBED + 1} tokens"):
+        again.absorb([65] * (MOST_ABSORBED - again.absorbed + 1))
+    assert snapshot(again) == before
+    again.absorb([65] * (MOST_ABSORBED - again.absorbed))
+    assert again.absorbed == MOST_ABSORBED
+    model.session().decode(again.encode(again.checkpoint))
 
 
 # --- refusals -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The socket of a client and the calls that are under way on it; belongs to one thread at a time.
 
 A call waits until the daemon is connected, is sent once, and ends with a reply, at its deadline, or when the
-connection breaks.
+connection breaks; one whose request cannot be encoded ends with that.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import zmq
 
 from tta_edge.errors import BadEndpoint, ClientClosed, ConnectionLost, DeadlineExceeded, Unreachable
 from tta_edge.session import ClientSession
-from tta_edge.wire import PARTS, REPLY_LIMITS, Cancel, Received, Request, Tensors
+from tta_edge.wire import PARTS, REPLY_LIMITS, Cancel, Received, Request, Tensors, tag
 from tta_runtime.endpoint import parse
-from tta_runtime.errors import TtaError, WireError
+from tta_runtime.errors import BadField, TtaError, WireError
 
 RECONNECT_MS, RECONNECT_MAX_MS = 50, 2_000  # the wait doubles from the one to the other
 HANDSHAKE_MS = 5_000  # a peer that accepts and says nothing is tried again after this
@@ -130,7 +130,7 @@ class Connection:
         ended = self._read_replies()
         if broke:
             ended += self._end_lost()
-        self._send_waiting()
+        ended += self._send_waiting()
         return ended + self._end_late()
 
     def close(self) -> list[Call]:
@@ -203,13 +203,23 @@ class Connection:
         if call.part is not None:
             call.part(part)
 
-    def _send_waiting(self) -> None:
+    def _send_waiting(self) -> list[Call]:
+        """Send what may be sent; gives the calls whose requests cannot be encoded, which have ended."""
+        unfit: list[Call] = []
         while self._may_send() and self._dealer.poll(0, zmq.POLLOUT):
             call = self._waiting.popleft()
-            frames = self._session.request(call.message, call.tensors)
+            try:
+                frames = self._session.request(call.message, call.tensors)
+            except TtaError as error:
+                unfit.append(_end(call, error))
+                continue
+            except Exception as error:  # noqa: BLE001 - the caller waits for it, and others for this thread
+                unfit.append(_end(call, _unfit(call, error)))
+                continue
             self._sent[self._session.last_id] = call
             # Copied: the caller may change an array as soon as its call has ended, sent completely or not.
             self._dealer.send_multipart(frames, zmq.NOBLOCK)
+        return unfit
 
     def _stop(self, number: int) -> None:
         """Ask the daemon to stop with a request; nobody waits for what it says to that."""
@@ -268,6 +278,13 @@ class Connection:
 def closed(endpoint: str) -> ClientClosed:
     """The error of a call on a client that is closed."""
     return ClientClosed(f"the client of {endpoint} is closed", "Make a new client")
+
+
+def _unfit(call: Call, error: Exception) -> BadField:
+    return BadField(
+        f"message `{tag(call.message)}` cannot be encoded: {type(error).__name__}: {error}",
+        "Correct the arguments; see docs/spec/wire.md",
+    )
 
 
 def _end(call: Call, outcome: Outcome) -> Call:

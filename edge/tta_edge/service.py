@@ -23,13 +23,13 @@ import zmq
 
 from tta_edge.batching import Call, Inbox
 from tta_edge.config import HTTP_OFF, Config
-from tta_edge.errors import AddressInUse, CannotBind
+from tta_edge.errors import AddressInUse, CannotBind, Internal
 from tta_edge.metrics import exposition
 from tta_edge.notify import Notifier, watchdog_s
 from tta_edge.responder import Responder
-from tta_edge.session import Arrived, Frames, Phase, Refused, ServerSession
+from tta_edge.session import Arrived, Frames, Phase, Refused, ServerSession, Settled, error_reply
 from tta_edge.stats import Stats
-from tta_edge.wire import Limits, Reply, Tensors
+from tta_edge.wire import PARTS, Limits, Reply, Tensors, tag
 from tta_runtime.atomic import DISK, Disk
 from tta_runtime.endpoint import check_bind
 from tta_runtime.health import HealthServer
@@ -159,8 +159,8 @@ class Server:
             max_open_bytes=config.max_queue_bytes,
             per_client=config.max_client_requests,
         )
-        # The session opens at most `max_queue` requests, and each has at most one reply or part of one for each turn of
-        # the answering thread, so few answers wait.
+        # The session opens at most `max_queue` requests and one `cancel` of each, and each has at most one reply or
+        # part of one for each turn of the answering thread, so few answers wait.
         self._outbox: deque[tuple[Arrived, Reply, Tensors]] = deque()
         self._inbox = Inbox(
             lambda arrived: self._responder.merge(arrived),
@@ -248,6 +248,8 @@ class Server:
                 if isinstance(event, Refused):
                     self.stats.refused(event.error.code)
                     log.info("refused %s: %s", event.error.code, event.error.cause)
+                elif isinstance(event, Settled):
+                    self.stats.answered(event.kind)
                 else:
                     self._inbox.put(event)
             self._send(replies)
@@ -258,7 +260,20 @@ class Server:
                 arrived, reply, tensors = self._outbox.popleft()
             except IndexError:
                 return
-            self._send(self._session.answer(arrived, reply, tensors, self._clock()))
+            try:
+                frames = self._session.answer(arrived, reply, tensors, self._clock())
+            except Exception:
+                log.exception("a defect: the answer `%s` cannot be sent", tag(reply))
+                frames = self._give_up(arrived, reply)
+            self._send(frames)
+
+    def _give_up(self, arrived: Arrived, reply: Reply) -> list[Frames]:
+        """What is sent in place of an answer that cannot be."""
+        if isinstance(reply, PARTS):
+            return []  # as one that a slow reader misses: the end of the answer has all of it, and closes the request
+        error = Internal("the daemon could not send its answer", "Report it with the daemon's log")
+        self.stats.refused(error.code)
+        return self._session.answer(arrived, error_reply(error, arrived.message.id), {}, self._clock())
 
     def _send(self, replies: list[Frames]) -> None:
         for frames in replies:

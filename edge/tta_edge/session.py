@@ -19,6 +19,8 @@ from tta_edge.wire import (
     PARTS,
     REPLY_LIMITS,
     Buffer,
+    Cancel,
+    CancelDone,
     ErrorReply,
     Limits,
     Received,
@@ -28,6 +30,7 @@ from tta_edge.wire import (
     decode_reply,
     decode_request,
     encode,
+    tag,
 )
 from tta_runtime.errors import TtaError, WireError
 
@@ -100,6 +103,18 @@ class Refused:
     error: TtaError
 
 
+@dataclass(frozen=True)
+class Settled:
+    """Event: a request that was answered at once with what it asked for."""
+
+    peer: bytes
+    kind: str
+    """The message's name."""
+
+
+Happened = Arrived | Refused | Settled
+
+
 def error_reply(error: TtaError, request_id: int | None) -> ErrorReply:
     """The reply that carries an error to whoever caused it."""
     return ErrorReply(
@@ -117,7 +132,7 @@ class ServerSession:
 
     Attributes:
         limits: of one request.
-        capacity: most requests open at once, over all peers; one more is refused as `busy`.
+        capacity: most requests open at once, over all peers; one more is refused as `busy`, unless it is a `cancel`.
         max_open_bytes: most tensor bytes held by open requests; likewise, unless nothing else is open.
         per_client: most requests of one peer open at once; likewise.
         phase: see `TRANSITIONS`.
@@ -130,6 +145,11 @@ class ServerSession:
     phase: Phase = Phase.SERVING
     _open: dict[tuple[bytes, int], Arrived] = field(default_factory=dict)
     _abandoned: set[tuple[bytes, int]] = field(default_factory=set)
+    # Request -> the open `cancel` of it. A cancel has to pass where no other request does, so it takes no place of its
+    # own: it stands in that of the request that it names, which is kept until both are answered. Only an open request
+    # can be named, and by one cancel at a time; all others are answered at once and held nowhere. However many a client
+    # sends, no more are held than there are places, its own for `per_client` and all for `capacity`.
+    _cancels: dict[tuple[bytes, int], Arrived] = field(default_factory=dict)
     # What requests took and how many they were, of late: for `retry_after_s`. Of those that share a run of the engine
     # the first one takes all the time, so the mean has to look back on more than one run.
     _served_s: float = 0.0
@@ -143,7 +163,7 @@ class ServerSession:
 
     def receive(
         self, peer: bytes, frames: Sequence[Buffer], now_s: float
-    ) -> tuple[list[Arrived | Refused], list[Frames]]:
+    ) -> tuple[list[Happened], list[Frames]]:
         """Take one message of one peer.
 
         Returns:
@@ -158,6 +178,11 @@ class ServerSession:
         refusal = self._refusal(arrived)
         if refusal is not None:
             return self._refuse(peer, refusal, received.message.id)
+        if isinstance(arrived.message, Cancel):
+            if not self._may_be_cancelled(arrived.message, peer):
+                reply = CancelDone(id=arrived.message.id, found=False)
+                return [Settled(peer, tag(arrived.message))], [[peer, *encode(reply)]]
+            self._cancels[peer, arrived.message.request] = arrived
         self._open[arrived.key] = arrived
         return [arrived], []
 
@@ -166,18 +191,24 @@ class ServerSession:
 
         Returns:
             The multipart messages to send; none where the peer has gone.
+
+        Raises:
+            WireError: the reply cannot be encoded. The request is still open, for another one.
         """
+        frames: Frames = [arrived.peer, *encode(reply, tensors)]
         if isinstance(reply, PARTS):
             self._last_answer_s = now_s
-            return [[arrived.peer, *encode(reply, tensors)]] if self.waited_for(arrived) else []
+            return [frames] if self.waited_for(arrived) else []
         del self._open[arrived.key]
+        if isinstance(arrived.message, Cancel):
+            del self._cancels[arrived.peer, arrived.message.request]
         self._account(arrived, now_s)
         if not self._open:
             self._signal(Signal.EMPTY)
         if arrived.key in self._abandoned:
             self._abandoned.remove(arrived.key)
             return []
-        return [[arrived.peer, *encode(reply, tensors)]]
+        return [frames]
 
     def gone(self, peer: bytes) -> int:
         """Note that a peer cannot be reached; returns how many of its requests nobody waits for any more.
@@ -193,7 +224,7 @@ class ServerSession:
         return arrived.key not in self._abandoned
 
     def drain(self) -> None:
-        """Take no new requests; the session closes when the last open one is answered."""
+        """Take no new requests but to cancel open ones; the session closes when the last open one is answered."""
         self._signal(Signal.DRAIN)
         if not self._open:
             self._signal(Signal.EMPTY)
@@ -202,7 +233,8 @@ class ServerSession:
         self.phase = TRANSITIONS[self.phase].get(signal, self.phase)
 
     def _refusal(self, arrived: Arrived) -> ServiceError | None:
-        if self.phase is not Phase.SERVING:
+        ends_one = isinstance(arrived.message, Cancel) and self.phase is Phase.DRAINING
+        if self.phase is not Phase.SERVING and not ends_one:
             return Draining(
                 "the daemon is shutting down", "Connect to the daemon that replaces it, then repeat"
             )
@@ -210,15 +242,18 @@ class ServerSession:
             return DuplicateRequest(
                 f"request {arrived.message.id} of this client is still open", "Give every request its own id"
             )
+        if isinstance(arrived.message, Cancel):
+            return self._refusal_of_cancel(arrived.message, arrived.peer)
+        places = self._places()
         held = sum(waiting.nbytes for waiting in self._open.values())
-        if self.open >= self.capacity or (self._open and held + arrived.nbytes > self.max_open_bytes):
+        if len(places) >= self.capacity or (places and held + arrived.nbytes > self.max_open_bytes):
             return self._busy(
-                f"{self.open} requests of {held} bytes are waiting, the queue holds {self.capacity} of "
+                f"{len(places)} requests of {held} bytes are waiting, the queue holds {self.capacity} of "
                 f"{self.max_open_bytes}",
                 "raise `max_queue` and `max_queue_bytes`",
-                self.open,
+                len(places),
             )
-        own = sum(peer == arrived.peer for peer, _ in self._open)
+        own = sum(peer == arrived.peer for peer, _ in places)
         if own >= self.per_client:
             return self._busy(
                 f"{own} requests of this client are waiting, it may have {self.per_client}",
@@ -227,6 +262,25 @@ class ServerSession:
             )
         return None
 
+    def _refusal_of_cancel(self, message: Cancel, peer: bytes) -> ServiceError | None:
+        earlier = self._cancels.get((peer, message.request))
+        if earlier is None or not self._may_be_cancelled(message, peer):
+            return None
+        return DuplicateRequest(
+            f"request {message.request} is being cancelled by request {earlier.message.id}",
+            "Wait for the answer to that one",
+        )
+
+    def _may_be_cancelled(self, message: Cancel, peer: bytes) -> bool:
+        """Whether the request that is named is open, as far as can be said here, and none that only names another."""
+        named = self._open.get((peer, message.request))
+        return named is not None and not isinstance(named.message, Cancel)
+
+    def _places(self) -> set[tuple[bytes, int]]:
+        """The requests that take a place in the queue."""
+        requests = {key for key, held in self._open.items() if not isinstance(held.message, Cancel)}
+        return requests | self._cancels.keys()
+
     def _busy(self, cause: str, setting: str, ahead: int) -> Busy:
         busy = Busy(cause, f"Repeat after `retry_after_s`, send less at once, or {setting}")
         busy.retry_after_s = round(max(0.01, ahead * self._served_s / max(1.0, self._served)), 3)
@@ -234,7 +288,7 @@ class ServerSession:
 
     def _refuse(
         self, peer: bytes, error: TtaError, request_id: int | None
-    ) -> tuple[list[Arrived | Refused], list[Frames]]:
+    ) -> tuple[list[Happened], list[Frames]]:
         return [Refused(peer, error)], [[peer, *encode(error_reply(error, request_id))]]
 
     def _account(self, arrived: Arrived, now_s: float) -> None:

@@ -134,7 +134,7 @@ class Generate(Message, frozen=True, kw_only=True, tag="generate"):
     max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     """0 takes the most probable token."""
-    top_k: Annotated[int, Meta(ge=0)] = 0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     """Only the so many most probable tokens; 0: all."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Only the most probable tokens that together have this probability."""

@@ -53,6 +53,9 @@ from .tokens import Tokenizer, tokenizer_of
 PASS_TOKENS = 256
 """Tokens in one run of the engine: bounds the memory of its logits and how long others wait."""
 
+MOST_ABSORBED = 2**53 - 1
+"""Tokens of one session: a number that every language holds exactly."""
+
 Tokens = Sequence[int] | NDArray[np.int64]
 Ending = Literal["end", "max-tokens", "context"]
 """Why a text ended: the model's end token, as many tokens as were asked for, no more room in the context."""
@@ -422,6 +425,7 @@ class TextSession:
         Raises:
             EmptyText, UnknownToken: the text is refused.
             AbsorbUnsupported: the method absorbs nothing.
+            StateMalformed: the session came from a file that claims so many tokens that there is no room for these.
             NonFiniteTheta, NonFiniteState, EngineError: the model failed. By any refusal nothing is changed.
         """
         return finish(self.absorbing(tokens))
@@ -436,6 +440,7 @@ class TextSession:
         waiting.extend(self.model.check_tokens(tokens))
         if len(waiting) == len(started.pending):
             raise EmptyText("the text is empty", "Send a text")
+        self._check_count(started.checkpoint.steps, len(waiting))
         whole = len(waiting) - len(waiting) % chunk
         after, report = started.checkpoint, dict[str, float]()
         for first in range(0, whole, chunk):
@@ -488,7 +493,7 @@ class TextSession:
             StateError: the subclass that names why else it is refused.
         """
         saved = state_file.decode(data, self.model.manifest, self.model.method)
-        self._notes_of(saved.notes)
+        self._check_count(saved.steps, len(self._notes_of(saved.notes).pending))
         state = MappingProxyType({name: owned(array) for name, array in saved.state.items()})
         return Checkpoint(owned(saved.theta), state, saved.steps, saved.seed), saved.generation, saved.notes
 
@@ -532,6 +537,15 @@ class TextSession:
                 fix,
             )
         return notes
+
+    def _check_count(self, chunks: int, others: int) -> None:
+        """Refuse a file, or a text, after which the session would have absorbed more than can be told of."""
+        absorbed = chunks * self.model.text.chunk + others
+        if absorbed > MOST_ABSORBED:
+            raise StateMalformed(
+                f"with {chunks} chunks the session would have absorbed {absorbed} tokens, at most {MOST_ABSORBED}",
+                "Start a new session",
+            )
 
     def _check_room(self, length: int, what: str, fed: int) -> None:
         live, room = self.live, self.model.text.context

@@ -160,6 +160,7 @@ class Codec:
             tensors: field name -> array, exactly the declared ones.
 
         Raises:
+            BadField: a field holds what MessagePack has no form for, such as a number of more than 64 bits.
             TensorMismatch: tensors and declaration disagree.
         """
         tensors = tensors or {}
@@ -169,7 +170,13 @@ class Codec:
                 f"message `{tag(message)}` declares {sorted(declared)} and was given {sorted(tensors)}",
                 "Pass exactly the declared tensors",
             )
-        frames: list[Buffer] = [self._protocol, msgpack.packb(msgspec.to_builtins(message))]
+        try:
+            header: bytes = msgpack.packb(msgspec.to_builtins(message))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BadField(
+                f"message `{tag(message)}` cannot be encoded: {error}", f"Correct the field; see {self._spec}"
+            ) from error
+        frames: list[Buffer] = [self._protocol, header]
         for name, info in declared.items():
             array = tensors[name]
             if declare(array) != info:
