@@ -342,6 +342,53 @@ def test_a_client_that_goes_away_stops_its_text(long):
         assert generated(server) < LONG
 
 
+def test_a_task_closes_what_another_one_reads(long):
+    @coroutine
+    async def check():
+        async with AsyncClient(server.endpoint, timeout_s=60.0) as client:
+            stream = client.generate("abc", max_tokens=LONG)
+
+            async def read():
+                return [part async for part in stream]
+
+            reading = asyncio.create_task(read())
+            while not generated(server):
+                await client.status()
+            await stream.aclose()
+            await stream.aclose()
+            parts = await reading
+            assert stream.end is None
+            assert len(parts) < LONG
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+            while (await client.status()).requests.open > 1:
+                pass
+
+    with running(long) as server:
+        check()
+        assert generated(server) < LONG
+
+
+def test_a_task_that_is_cancelled_while_it_reads_ends_so(long):
+    @coroutine
+    async def check():
+        async with AsyncClient(server.endpoint, timeout_s=60.0) as client:
+
+            async def read():
+                async with client.generate("abc", max_tokens=LONG) as stream:
+                    return [part async for part in stream]
+
+            reading = asyncio.create_task(read())
+            while not generated(server):
+                await client.status()
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+
+    with running(long) as server:
+        check()
+
+
 @pytest.mark.parametrize("draining", [False, True])
 def test_w14_cancelled_by_hand_and_only_by_the_same_client(long, draining):
     prompt = np.frombuffer(b"abc", np.uint8)

@@ -133,6 +133,8 @@ def test_whoever_sleeps_is_cancelled_like_others_and_the_next_goes_on(long):
             await anext(first)
             async with client.generate("abc", max_tokens=LONG) as asleep:
                 beginning = asyncio.create_task(anext(asleep))
+                while (await client.status()).requests.open < 3:  # both texts and this one
+                    pass
                 behind = asyncio.create_task(client.score(OTHER))
                 for _ in range(20):
                     await anext(first)

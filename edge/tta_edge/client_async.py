@@ -273,7 +273,8 @@ class AsyncClient:
 class AsyncTextStream:
     """A text as it is generated; see `client.TextStream`.
 
-    Ending early (`aclose`, or leaving the `async with` block) asks the daemon to stop.
+    Ending early (`aclose`, or leaving the `async with` block) asks the daemon to stop. One task may close what another
+    one reads: that one finds the text at its end, and `end` None.
 
     Args:
         client: whose connection is used.
@@ -287,12 +288,25 @@ class AsyncTextStream:
     def __init__(self, client: AsyncClient, ask: Ask[TextEnd], timeout_s: float) -> None:
         self.end: TextEnd | None = None
         self._parts = self._read(client, ask, timeout_s)
+        self._next: asyncio.Future[str] | None = None
+        self._closed = False
 
     def __aiter__(self) -> AsyncTextStream:
         return self
 
     async def __anext__(self) -> str:
-        return await anext(self._parts)
+        if self._closed:
+            raise StopAsyncIteration
+        # A task of its own: `aclose` of a generator fails while it runs, and this one can be cancelled for it.
+        reading = self._next = asyncio.ensure_future(anext(self._parts))
+        try:
+            await asyncio.wait([reading])
+        except asyncio.CancelledError:  # of the task that reads
+            reading.cancel()
+            raise
+        if reading.cancelled():
+            raise StopAsyncIteration
+        return reading.result()
 
     async def __aenter__(self) -> AsyncTextStream:
         return self
@@ -303,7 +317,10 @@ class AsyncTextStream:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Read no further. May be repeated."""
+        """Read no further. May be repeated, and called from any task of the loop."""
+        self._closed = True
+        if self._next is not None and self._next.cancel():
+            await asyncio.wait([self._next])
         await self._parts.aclose()
 
     async def _read(
