@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -86,11 +88,13 @@ def test_who_waits_for_memory_lets_no_session_go_to_disk_in_vain(long, tmp_path)
             async with client.generate("abc", max_tokens=LONG) as stream:
                 await anext(stream)
                 waiting = [asyncio.create_task(client.score(OTHER, name)) for name in ("a", "b")]
+                new = asyncio.create_task(client.absorb(TEXT * 99, "c"))
                 for _ in range(60):
                     await anext(stream)
-                assert (await client.status()).requests.open == 4  # the text, both, and this one
+                assert (await client.status()).requests.open == 5  # the text, those three, and this one
                 assert count(server, "evict", "memory-cap") == 0
             assert all(score.bits > 0 for score in await asyncio.gather(*waiting))
+            assert (await new).absorbed == len(TEXT) * 99
 
     with running(long, **settings) as server:
         check()
@@ -148,6 +152,37 @@ def test_whoever_sleeps_is_cancelled_like_others_and_the_next_goes_on(long):
 
     with running(long, max_session_bytes=session_bytes + text_bytes) as server:
         check()
+
+
+def test_who_sleeps_for_a_client_that_has_gone_takes_no_place(long):
+    session_bytes, text_bytes = least(long)
+    with (
+        running(long, max_session_bytes=session_bytes + text_bytes) as server,
+        Client(server.endpoint) as two,
+        Client(server.endpoint) as watcher,
+    ):
+        one = Client(server.endpoint)
+        writing = one.generate("abc", max_tokens=LONG // 2)
+        next(writing)
+        waiting = two.generate("abc", max_tokens=LONG)
+        threads = [threading.Thread(target=next, args=(waiting, ""))]
+        threads[0].start()
+        until(lambda: watcher.status().requests.open, lambda open_: open_ == 3)
+        sleeping = [one.generate("abc", max_tokens=LONG) for _ in range(3)]
+        threads += [threading.Thread(target=next_or_closed, args=(stream,)) for stream in sleeping]
+        for thread in threads[1:]:
+            thread.start()
+        until(lambda: watcher.status().requests.open, lambda open_: open_ == 6)
+        one.close()
+        until(lambda: watcher.status().requests.open, lambda open_: open_ == 2)
+        for thread in threads:
+            thread.join()
+        waiting.close()
+
+
+def next_or_closed(stream):
+    with suppress(errors.TtaError):
+        next(stream, "")
 
 
 def test_a_reset_holds_also_where_the_disk_could_not_forget(text_bundle, model, tmp_path):

@@ -84,9 +84,9 @@ def serve(config: ConfigFile = None, settings: HyperSettings = None, **flags: ob
         signal.set_wakeup_fd(-1)
         if ready is not None:
             ready.unlink(missing_ok=True)
-    if any(thread.daemon for thread in threading.enumerate()):
-        # One that ran past its deadline: a request, a step or a bundle being read. An engine cannot be interrupted, and
-        # a Python that ends around a running one aborts (SIGABRT). All that is to be kept is on disk by now.
+    if any(thread.name.startswith("tta-") for thread in threading.enumerate()):
+        # One of ours that ran past its deadline: a request, a step or a bundle being read. An engine cannot be
+        # interrupted, and a Python that ends around a running one aborts (SIGABRT). All that is to be kept is on disk.
         logging.shutdown()
         sys.stderr.flush()
         os._exit(0)

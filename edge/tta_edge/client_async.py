@@ -301,7 +301,7 @@ class AsyncTextStream:
         reading = self._next = asyncio.ensure_future(anext(self._parts))
         try:
             await asyncio.wait([reading])
-        except asyncio.CancelledError:  # of the task that reads
+        except BaseException:  # the task that reads is cancelled, or its coroutine closed
             reading.cancel()
             raise
         if reading.cancelled():

@@ -101,14 +101,19 @@ class Sessions:
         with self._lock:
             return self._borrowed + self._owned()
 
-    def find(self, host: Host, name: str) -> HeldSession:
+    def find(self, host: Host, name: str, more: int = 0) -> HeldSession:
         """A session that exists, in memory or on disk; it is the most recently used one afterwards.
+
+        Args:
+            host: its bundle.
+            name: its name.
+            more: bytes that will be borrowed beside it; no other session goes to disk where these could not be had.
 
         Raises:
             UnknownSession: there is none.
             TooManySessions: it is on disk, and there is no room for it.
         """
-        session = self._get(host, name)
+        session = self._get(host, name, more)
         if session is None:
             names = [key[1] for key in self._known() if key[0] == host.name]
             raise UnknownSession(
@@ -117,16 +122,21 @@ class Sessions:
             )
         return session
 
-    def begin(self, host: Host, name: str) -> HeldSession:
+    def begin(self, host: Host, name: str, more: int = 0) -> HeldSession:
         """A session that exists, or a new one, which has its room but exists only from `admit` on; else `leave` it.
+
+        Args:
+            host: its bundle.
+            name: its name.
+            more: see `find`.
 
         Raises:
             TooManySessions: there is no room for one more.
         """
-        session = self._get(host, name)
+        session = self._get(host, name, more)
         if session is None:
             session = HeldSession((host.name, name), language_model(host))
-            self._make_room(session.nbytes, 1)
+            self._make_room(session.nbytes, 1, more=more)
             with self._lock:
                 self._begun[session.key] = session
         return session
@@ -177,7 +187,7 @@ class Sessions:
         Raises:
             TooManySessions: there is not so much, and no session can go to disk; `AllInUse` where others will end.
         """
-        self._make_room(nbytes, 0, session)
+        self._make_room(nbytes, 0, own=session)
         with self._lock:
             self._borrowed += nbytes
 
@@ -233,7 +243,7 @@ class Sessions:
             self._ended &= stored  # the disk has forgotten the others
             return {*self._held, *(stored - self._ended)}
 
-    def _get(self, host: Host, name: str) -> HeldSession | None:
+    def _get(self, host: Host, name: str, more: int) -> HeldSession | None:
         key = (host.name, name)
         found = self._held.get(key)
         if found is not None:
@@ -246,7 +256,7 @@ class Sessions:
             return None
         self._store.used(key)
         session = HeldSession(key, language_model(host))
-        self._make_room(session.nbytes, 1)
+        self._make_room(session.nbytes, 1, more=more)
         if not self._restore(self._store, session):
             return None
         with self._lock:
@@ -268,13 +278,14 @@ class Sessions:
     def _owned(self) -> int:
         return sum(session.nbytes for session in (*self._held.values(), *self._begun.values()))
 
-    def _make_room(self, nbytes: int, count: int, own: HeldSession | None = None) -> None:
+    def _make_room(self, nbytes: int, count: int, *, own: HeldSession | None = None, more: int = 0) -> None:
         """Let sessions go to disk until there is room, if that makes enough.
 
         Args:
             nbytes: wanted.
             count: sessions wanted.
             own: what the request that asks holds itself, and will not do without.
+            more: bytes that it will ask for next.
         """
         while not self._fits(nbytes, count):
             text = (
@@ -282,7 +293,7 @@ class Sessions:
                 f"max_sessions is {self._max_sessions} and max_session_bytes {self._max_bytes}"
             )
             idle = [session for session in self._held.values() if not session.in_use]
-            if not self._fits(nbytes - sum(session.nbytes for session in idle), count - len(idle)):
+            if not self._fits(nbytes + more - sum(session.nbytes for session in idle), count - len(idle)):
                 # None goes to disk in vain: others use too much.
                 raise AllInUse(f"{text}; too much of it is in use", "Repeat later, or raise the settings")
             try:

@@ -203,7 +203,7 @@ class Texts:
 
     def status(self) -> list[SessionStatus]:
         """The sessions in memory; for any thread."""
-        return [_status(session, self._sessions.durable(session)) for session in self._sessions.all()]
+        return [_status(session, self._sessions) for session in self._sessions.all()]
 
     # ------------------------------------------------------------------------------------------ run after run
 
@@ -244,9 +244,10 @@ class Texts:
                 self._wake(turn)
 
     def _freed(self) -> None:
-        """There may be memory for whoever waits for it the longest."""
-        if self._turns:
-            self._wake(self._turns[0])
+        """There may be memory for whoever waits for it the longest; and whoever has gone waits for nothing."""
+        for place, turn in enumerate(self._turns):
+            if turn.task is not None and (place == 0 or not self._waited_for(turn.task.arrived)):
+                self._wake(turn)
 
     def _wake(self, turn: Turn) -> None:
         task, turn.task = turn.task, None
@@ -459,10 +460,10 @@ class Texts:
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _named(self, host: Host, name: str) -> HeldSession:
+    def _named(self, host: Host, name: str, at_most: int) -> HeldSession:
         """The session of a name; for an empty one the source, which nobody changes."""
         if name:
-            return self._sessions.find(host, name)
+            return self._sessions.find(host, name, at_most)
         source = self._sources.get(host.name)
         if source is None or source.model.model is not host.text:
             source = self._sources[host.name] = HeldSession((host.name, ""), language_model(host))
@@ -493,14 +494,20 @@ class Texts:
                 self._freed()
 
     def _place(self, host: Host, name: str, tokens: int, begins: bool, held_bytes: int) -> _Place:
-        held = self._sessions.begin(host, name) if begins else self._named(host, name)
+        model = language_model(host)
+        # A text that would need more than there is at all has it to itself.
+        most = self._config.max_session_bytes - model.session_bytes
+
+        def needed(live: int) -> int:
+            longest = min(live + tokens, model.text.context)
+            return min(most, held_bytes + (pass_bytes(model, longest) if tokens else 0))
+
+        # How much of one on disk is live is known when it is in memory, and by then others have gone to disk for it.
+        at_most = needed(1 + model.text.chunk)
+        held = self._sessions.begin(host, name, at_most) if begins else self._named(host, name, at_most)
         place = _Place(self._sessions, held, self._freed)
         try:
-            model = held.model.model
-            longest = min(held.model.live + tokens, model.text.context)
-            # A text that would need more than there is at all has it to itself.
-            most = self._config.max_session_bytes - model.session_bytes
-            place.borrow(min(most, held_bytes + (pass_bytes(model, longest) if tokens else 0)))
+            place.borrow(needed(held.model.live))
         except BaseException:
             place.close()
             raise
@@ -558,7 +565,7 @@ def _flat(data: NDArray[Any], what: str, limit: int, fix: str) -> NDArray[np.uin
     return data
 
 
-def _status(session: HeldSession, durable: bool) -> SessionStatus:
+def _status(session: HeldSession, sessions: Sessions) -> SessionStatus:
     model = session.model
     checkpoint, pending = model.snapshot
     chunk = model.model.text.chunk
@@ -571,6 +578,6 @@ def _status(session: HeldSession, durable: bool) -> SessionStatus:
         chunks=checkpoint.steps,
         theta_digest=model.digest,
         restored=session.restored,
-        durable=durable,
+        durable=sessions.durable(session),  # asked after the snapshot: what is newer is not called older
         bytes=session.nbytes,
     )
