@@ -87,14 +87,14 @@ def test_who_waits_for_memory_lets_no_session_go_to_disk_in_vain(long, tmp_path)
                 await client.absorb(TEXT, name)
             async with client.generate("abc", max_tokens=LONG) as stream:
                 await anext(stream)
+                new = asyncio.create_task(client.absorb(TEXT * 999, "c"))
                 waiting = [asyncio.create_task(client.score(OTHER, name)) for name in ("a", "b")]
-                new = asyncio.create_task(client.absorb(TEXT * 99, "c"))
                 for _ in range(60):
                     await anext(stream)
                 assert (await client.status()).requests.open == 5  # the text, those three, and this one
                 assert count(server, "evict", "memory-cap") == 0
             assert all(score.bits > 0 for score in await asyncio.gather(*waiting))
-            assert (await new).absorbed == len(TEXT) * 99
+            assert (await new).absorbed == len(TEXT) * 999
 
     with running(long, **settings) as server:
         check()
@@ -162,22 +162,25 @@ def test_who_sleeps_for_a_client_that_has_gone_takes_no_place(long):
         Client(server.endpoint) as watcher,
     ):
         one = Client(server.endpoint)
-        writing = one.generate("abc", max_tokens=LONG // 2)
-        next(writing)
-        waiting = two.generate("abc", max_tokens=LONG)
-        threads = [threading.Thread(target=next, args=(waiting, ""))]
+        writing = [two.generate("abc", max_tokens=LONG // 2), one.generate("abc", max_tokens=LONG // 4)]
+        for stream in writing:
+            next(stream)
+        first = two.generate("abc", max_tokens=LONG)
+        threads = [threading.Thread(target=next_or_closed, args=(first,))]
         threads[0].start()
-        until(lambda: watcher.status().requests.open, lambda open_: open_ == 3)
+        until(lambda: watcher.status().requests.open, lambda open_: open_ == 4)
         sleeping = [one.generate("abc", max_tokens=LONG) for _ in range(3)]
         threads += [threading.Thread(target=next_or_closed, args=(stream,)) for stream in sleeping]
         for thread in threads[1:]:
             thread.start()
-        until(lambda: watcher.status().requests.open, lambda open_: open_ == 6)
+        until(lambda: watcher.status().requests.open, lambda open_: open_ == 7)
         one.close()
-        until(lambda: watcher.status().requests.open, lambda open_: open_ == 2)
+        until(lambda: watcher.status().requests.open, lambda open_: open_ == 3)
+        assert next(writing[0])  # so what waits first still does
+        for stream in (writing[0], first):
+            stream.close()
         for thread in threads:
             thread.join()
-        waiting.close()
 
 
 def next_or_closed(stream):
