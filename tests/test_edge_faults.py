@@ -353,12 +353,13 @@ def test_sigterm_under_load_ends_the_daemon_every_time_and_answers_what_is_open(
     lives, wrong, hammers = 30, [], []
     child = subprocess.Popen(
         [sys.executable, "-c", LIVES, str(bundle), str(lives)],
-        stdout=subprocess.PIPE, text=True, env=process_environment(), cwd=REPOSITORY,
+        stdout=subprocess.PIPE, bufsize=0, env=process_environment(), cwd=REPOSITORY,
     )  # fmt: skip
 
     def line():
+        # Without a buffer: of two lines that come together `select` would not see the second one behind it.
         assert select.select([child.stdout], [], [], PATIENCE_S)[0], "the signal was slept through"
-        return child.stdout.readline().split()
+        return child.stdout.readline().decode().split()
 
     def hammer(endpoint, first):
         with Client(endpoint, timeout_s=3.0) as client:
