@@ -12,6 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from clouds import Program
+    from tta_runtime import TextModel
     from tta_runtime.bundle import Bundle
 
 # Imported where they are used: most tests need none of it, and torch takes seconds.
@@ -57,3 +58,21 @@ def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "bundle"
     tiny_text.build(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def long_text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `text_bundle`, with a context so long that a text takes a while."""
+    import tiny_text
+
+    path = tmp_path_factory.mktemp("text") / "long"
+    tiny_text.build(path, context=tiny_text.LONG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_model(text_bundle: Path) -> TextModel:
+    """The language model of `text_bundle`, without a daemon."""
+    from tta_runtime import EngineOptions, TextModel
+
+    return TextModel.open(text_bundle, options=EngineOptions(threads=1))

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 import tiny_bundle
 from tta_edge import wire
 from tta_edge.client import Client
-from tta_edge.wire import StreamStatus
+from tta_edge.wire import SessionStatus, StreamStatus
 from tta_runtime import bundle as bundles
 from tta_runtime import manifest as manifests
 from tta_runtime import theta as thetas
@@ -163,3 +163,8 @@ class Pipe:
             assert received.message.id not in found
             found[received.message.id] = received
         return found
+
+
+def sessions(client: Client) -> dict[str, SessionStatus]:
+    """The sessions in memory, by name."""
+    return {each.id: each for each in client.status().sessions}

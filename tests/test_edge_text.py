@@ -18,9 +18,9 @@ import tiny_text
 from disks import Failing, Unsynced
 from peers import coroutine
 from running import PATIENCE_S, daemon, running
-from serving import Link, until
+from serving import Link, sessions, until
 from snapshots import files
-from tiny_text import BEGIN, CHUNK, CONTEXT
+from tiny_text import BEGIN, CHUNK, CONTEXT, LONG, OTHER, TEXT
 from tta_edge import hosting, wire
 from tta_edge.client import Client, Retry
 from tta_edge.client_async import AsyncClient
@@ -32,25 +32,8 @@ from tta_edge.metrics import METRICS
 from tta_edge.saver import Saver
 from tta_edge.sessions import AllInUse, Sessions
 from tta_edge.store import StateStore
-from tta_runtime import EngineOptions, TextModel, errors
+from tta_runtime import errors
 from tta_runtime.model import Checkpoint
-
-TEXT = "The quick brown fox jumps over the lazy dog, again and again and again."
-OTHER = "Sphinx of black quartz"
-LONG = 1 << 14
-"""Context of a model that can write for a long time."""
-
-
-@pytest.fixture(scope="module")
-def long(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "long"
-    tiny_text.build(path, context=LONG)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(text_bundle):
-    return TextModel.open(text_bundle, options=EngineOptions(threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +43,8 @@ def served(text_bundle):
         yield client
 
 
-def reference(model, *texts):
-    session = model.session()
+def reference(text_model, *texts):
+    session = text_model.session()
     for text in texts:
         session.absorb(list(text.encode()))
     return session
@@ -74,10 +57,6 @@ def answers(client, *names, bundle=""):
 
 def expected(session):
     return session.score(list(OTHER.encode())).nats.astype(np.float32).tobytes()
-
-
-def sessions(client):
-    return {each.id: each for each in client.status().sessions}
 
 
 # --- what it says --------------------------------------------------------------------------------------
@@ -98,7 +77,7 @@ def tiny_digest():
     return ByteTokenizer.digest
 
 
-def test_score_agrees_with_eager_torch_with_and_without_a_session(served, model):
+def test_score_agrees_with_eager_torch_with_and_without_a_session(served, text_model):
     done = served.absorb(TEXT, "parity")
     ids = list(TEXT.encode())
     vector = tiny_text.eager_absorb(ids)
@@ -122,7 +101,7 @@ def test_score_agrees_with_eager_torch_with_and_without_a_session(served, model)
     seen = served.score(OTHER, context=TEXT)
     assert seen.before == 1 + len(TEXT)
     np.testing.assert_allclose(
-        seen.nats, model.session().score(list(OTHER.encode()), list(TEXT.encode())).nats, atol=1e-5
+        seen.nats, text_model.session().score(list(OTHER.encode()), list(TEXT.encode())).nats, atol=1e-5
     )
 
 
@@ -153,12 +132,12 @@ def test_the_same_seed_gives_the_same_text(served):
     assert first != text(seed=6, top_p=0.9, temperature=1.5)
 
 
-def test_what_is_generated_becomes_part_of_the_session_on_request(served, model):
+def test_what_is_generated_becomes_part_of_the_session_on_request(served, text_model):
     served.absorb(TEXT, "talk")
     stream = served.generate(OTHER, "talk", max_tokens=20, temperature=0, absorb=True)
     text = "".join(stream)
     assert stream.end.absorbed
-    session = reference(model, TEXT)
+    session = reference(text_model, TEXT)
     tokens = list(session.generate(list(OTHER.encode()), max_tokens=20))
     session.absorb([*OTHER.encode(), *tokens])
     assert bytes(token for token in tokens if token < 256).decode("utf-8", "replace") == text
@@ -273,7 +252,7 @@ def raw(endpoint, message, tensors):
         socket.close()
 
 
-def test_images_and_text_in_one_daemon(text_bundle, tmp_path, model):
+def test_images_and_text_in_one_daemon(text_bundle, tmp_path, text_model):
     tiny_bundle.build(tmp_path / "images")
     x, _ = tiny_bundle.samples(16)
     both = {"lm": BundleConfig(path=str(text_bundle))}
@@ -284,7 +263,7 @@ def test_images_and_text_in_one_daemon(text_bundle, tmp_path, model):
         with pytest.raises(errors.WrongTask):
             client.predict(x, bundle="lm")
         client.absorb(TEXT, "s", "lm")
-        assert answers(client, "s", bundle="lm") == {"s": expected(reference(model, TEXT))}
+        assert answers(client, "s", bundle="lm") == {"s": expected(reference(text_model, TEXT))}
         assert [bundle.task for bundle in client.status().bundles] == ["classification", "text"]
         assert client.predict(x).adapted
 
@@ -311,8 +290,12 @@ def test_a_memory_cap_below_one_session_stops_the_daemon(tmp_path):
 # --- others meanwhile ---------------------------------------------------------------------------------
 
 
-def test_others_are_served_between_two_tokens(long):
-    with running(long) as server, Client(server.endpoint) as client, Client(server.endpoint) as other:
+def test_others_are_served_between_two_tokens(long_text_bundle):
+    with (
+        running(long_text_bundle) as server,
+        Client(server.endpoint) as client,
+        Client(server.endpoint) as other,
+    ):
         client.absorb(TEXT, "busy")
         with client.generate("abc", "busy", max_tokens=LONG) as stream:
             next(stream)
@@ -332,8 +315,8 @@ def generated(server):
     return sum(n for (_, use), n in server.stats.figures().tokens.items() if use == "generated")
 
 
-def test_a_client_that_goes_away_stops_its_text(long):
-    with running(long) as server, Client(server.endpoint) as watcher:
+def test_a_client_that_goes_away_stops_its_text(long_text_bundle):
+    with running(long_text_bundle) as server, Client(server.endpoint) as watcher:
         client = Client(server.endpoint)
         stream = client.generate("abc", max_tokens=LONG)
         next(stream)
@@ -342,7 +325,7 @@ def test_a_client_that_goes_away_stops_its_text(long):
         assert generated(server) < LONG
 
 
-def test_a_task_closes_what_another_one_reads(long):
+def test_a_task_closes_what_another_one_reads(long_text_bundle):
     @coroutine
     async def check():
         async with AsyncClient(server.endpoint, timeout_s=60.0) as client:
@@ -364,12 +347,12 @@ def test_a_task_closes_what_another_one_reads(long):
             while (await client.status()).requests.open > 1:
                 pass
 
-    with running(long) as server:
+    with running(long_text_bundle) as server:
         check()
         assert generated(server) < LONG
 
 
-def test_a_task_that_is_cancelled_while_it_reads_ends_so(long):
+def test_a_task_that_is_cancelled_while_it_reads_ends_so(long_text_bundle):
     @coroutine
     async def check():
         async with AsyncClient(server.endpoint, timeout_s=60.0) as client:
@@ -385,14 +368,14 @@ def test_a_task_that_is_cancelled_while_it_reads_ends_so(long):
             with pytest.raises(asyncio.CancelledError):
                 await reading
 
-    with running(long) as server:
+    with running(long_text_bundle) as server:
         check()
 
 
 @pytest.mark.parametrize("draining", [False, True])
-def test_w14_cancelled_by_hand_and_only_by_the_same_client(long, draining):
+def test_w14_cancelled_by_hand_and_only_by_the_same_client(long_text_bundle, draining):
     prompt = np.frombuffer(b"abc", np.uint8)
-    with running(long, drain_s=2 * PATIENCE_S) as server, Client(server.endpoint) as client:
+    with running(long_text_bundle, drain_s=2 * PATIENCE_S) as server, Client(server.endpoint) as client:
         socket = zmq.Context.instance().socket(zmq.DEALER)
         socket.linger = 0
         socket.connect(server.endpoint)
@@ -424,8 +407,8 @@ def test_w14_cancelled_by_hand_and_only_by_the_same_client(long, draining):
 
 
 @pytest.mark.parametrize("bounds", [{}, {"max_queue": MAX_OPEN}])
-def test_texts_are_cancelled_where_no_further_request_has_a_place(long, bounds):
-    with running(long, **bounds) as server, Client(server.endpoint, timeout_s=30) as client:
+def test_texts_are_cancelled_where_no_further_request_has_a_place(long_text_bundle, bounds):
+    with running(long_text_bundle, **bounds) as server, Client(server.endpoint, timeout_s=30) as client:
         texts = [client.generate("abc", max_tokens=LONG, seed=seed) for seed in range(MAX_OPEN)]
         threads = [threading.Thread(target=next, args=(text,)) for text in texts]
         for thread in threads:
@@ -444,8 +427,8 @@ def test_texts_are_cancelled_where_no_further_request_has_a_place(long, bounds):
 # --- many sessions, little memory ---------------------------------------------------------------------
 
 
-def test_64_sessions_under_a_memory_cap_come_back_to_the_last_bit(text_bundle, model, tmp_path):
-    cap = 6 * model.session_bytes + pass_bytes(model, CONTEXT)
+def test_64_sessions_under_a_memory_cap_come_back_to_the_last_bit(text_bundle, text_model, tmp_path):
+    cap = 6 * text_model.session_bytes + pass_bytes(text_model, CONTEXT)
     names = [f"s{number}" for number in range(64)]
     texts = {
         name: [f"{name} {turn} {TEXT}"[: 20 + 3 * number] for turn in range(2)]
@@ -468,11 +451,11 @@ def test_64_sessions_under_a_memory_cap_come_back_to_the_last_bit(text_bundle, m
         use()
         status = client.status()
         assert len(status.sessions) + status.stored_sessions == 64
-        assert status.text_bytes == len(status.sessions) * model.session_bytes <= cap
+        assert status.text_bytes == len(status.sessions) * text_model.session_bytes <= cap
         figures = server.stats.figures().events
         assert figures["evict", "memory-cap"] > 64
         assert figures["restore", "returned"] > 64
-    assert found == {name: expected(reference(model, *texts[name])) for name in names}
+    assert found == {name: expected(reference(text_model, *texts[name])) for name in names}
 
 
 def test_a_cap_without_a_state_directory_refuses_the_next_session_only(text_bundle):
@@ -544,7 +527,7 @@ def test_a_session_in_use_is_not_what_makes_room(text_bundle, tmp_path):
 # --- restarts -----------------------------------------------------------------------------------------
 
 
-def test_kill_9_keeps_what_was_confirmed(text_bundle, model, tmp_path):
+def test_kill_9_keeps_what_was_confirmed(text_bundle, text_model, tmp_path):
     names = [f"s{number}" for number in range(8)]
     with (
         daemon(text_bundle, "--state-dir", tmp_path / "state", "--threads", "1") as served,
@@ -562,13 +545,13 @@ def test_kill_9_keeps_what_was_confirmed(text_bundle, model, tmp_path):
         assert (
             answers(client, *names)
             == before
-            == {name: expected(reference(model, name + TEXT)) for name in names}
+            == {name: expected(reference(text_model, name + TEXT)) for name in names}
         )
         assert sessions(client)["s3"].restored.endswith(".state")
         assert served.stop() == 0
 
 
-def test_kill_9_at_any_moment_leaves_a_whole_session(text_bundle, model, tmp_path):
+def test_kill_9_at_any_moment_leaves_a_whole_session(text_bundle, text_model, tmp_path):
     pieces = [f"{number} {TEXT}" for number in range(400)]
     confirmed = 0
     state = ("--state-dir", tmp_path / "state", "--threads", "1")
@@ -597,21 +580,21 @@ def test_kill_9_at_any_moment_leaves_a_whole_session(text_bundle, model, tmp_pat
             lengths = np.cumsum([len(piece) for piece in pieces]).tolist()
             count = lengths.index(done) + 1
             assert confirmed <= count <= confirmed + 1
-            assert found == expected(reference(model, *pieces[:count]))
+            assert found == expected(reference(text_model, *pieces[:count]))
             confirmed = count
             served.stop()
 
 
-def test_a_daemon_that_is_told_to_stop_does_not_wait_for_a_long_text(long, tmp_path):
+def test_a_daemon_that_is_told_to_stop_does_not_wait_for_a_long_text(long_text_bundle, tmp_path):
     state = ("--state-dir", tmp_path / "state", "--threads", "1", "--drain-s", "0.2")
-    with daemon(long, *state) as served, Client(served.endpoint) as client:
+    with daemon(long_text_bundle, *state) as served, Client(served.endpoint) as client:
         client.absorb(TEXT, "s")
         stream = client.generate("abc", "s", max_tokens=LONG, absorb=True)
         next(stream)
         assert served.stop() == 0
         with pytest.raises(errors.TtaError):
             list(stream)
-    with daemon(long, *state) as served, Client(served.endpoint) as client:
+    with daemon(long_text_bundle, *state) as served, Client(served.endpoint) as client:
         assert client.score(OTHER, "s").before == 1 + len(TEXT) % CHUNK
         assert sessions(client)["s"].absorbed == len(TEXT)
 
@@ -645,7 +628,9 @@ def test_a_reset_session_is_gone_after_a_restart(text_bundle, tmp_path):
             client.score(OTHER, "s")
 
 
-def test_a_reload_ends_the_sessions_of_another_model_and_keeps_those_of_the_same(text_bundle, long, tmp_path):
+def test_a_reload_ends_the_sessions_of_another_model_and_keeps_those_of_the_same(
+    text_bundle, long_text_bundle, tmp_path
+):
     link = Link(tmp_path / "link", text_bundle)
     settings = {"state_dir": str(tmp_path / "state")}
     with running(link.path, **settings) as server, Client(server.endpoint, timeout_s=60.0) as client:
@@ -654,7 +639,7 @@ def test_a_reload_ends_the_sessions_of_another_model_and_keeps_those_of_the_same
         same = client.reload()
         assert (same.changed, same.kept_streams, same.restarted_streams) == (False, 1, 0)
         assert answers(client, "s") == before
-        link.point(long)
+        link.point(long_text_bundle)
         other = client.reload()
         assert (other.changed, other.kept_streams, other.restarted_streams) == (True, 0, 1)
         with pytest.raises(UnknownSession):
@@ -669,8 +654,8 @@ def test_a_reload_ends_the_sessions_of_another_model_and_keeps_those_of_the_same
         client.absorb(TEXT, "t")
 
 
-def test_a_reload_ends_what_is_written_with_the_old_model(text_bundle, long, tmp_path):
-    link = Link(tmp_path / "link", long)
+def test_a_reload_ends_what_is_written_with_the_old_model(text_bundle, long_text_bundle, tmp_path):
+    link = Link(tmp_path / "link", long_text_bundle)
     with running(link.path) as server, Client(server.endpoint, timeout_s=60.0) as client:
         stream = client.generate("abc", max_tokens=LONG)
         next(stream)
@@ -698,7 +683,7 @@ def test_a_session_moves_to_another_daemon_to_the_last_bit(text_bundle, tmp_path
         assert answers(here, "s")["s"] == answers(there, "moved")["moved"]
 
 
-def test_what_another_model_exported_is_refused_by_name(long, served, tmp_path):
+def test_what_another_model_exported_is_refused_by_name(long_text_bundle, served, tmp_path):
     import json
 
     from bad_text_bundles import WORDS, tokenizer
@@ -709,7 +694,7 @@ def test_what_another_model_exported_is_refused_by_name(long, served, tmp_path):
     served.absorb(TEXT, "mine")
     before, listed = answers(served, "mine"), sessions(served)
     exported = {}
-    for name, path, text in (("bundle", long, TEXT), ("tokenizer", words, "hello world")):
+    for name, path, text in (("bundle", long_text_bundle, TEXT), ("tokenizer", words, "hello world")):
         with running(path) as server, Client(server.endpoint) as client:
             client.absorb(text, "s")
             exported[name] = client.export_session("s")
@@ -731,10 +716,10 @@ def test_what_another_model_exported_is_refused_by_name(long, served, tmp_path):
 
 
 def test_an_export_that_claims_more_tokens_than_can_be_told_is_refused_and_not_kept(
-    text_bundle, model, tmp_path
+    text_bundle, text_model, tmp_path
 ):
     state = tmp_path / "state"
-    session = reference(model, TEXT)
+    session = reference(text_model, TEXT)
     now = session.checkpoint
     forged = session.encode(Checkpoint(now.theta, now.state, (1 << 63) - 1, now.seed))
     with running(text_bundle, state_dir=str(state)) as server, Client(server.endpoint) as client:

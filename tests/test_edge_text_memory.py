@@ -16,40 +16,19 @@ import tiny_text
 from disks import Failing
 from peers import coroutine
 from running import running
-from serving import Link, until
-from tiny_text import BEGIN, CHUNK, CONTEXT
+from serving import Link, sessions, until
+from tiny_text import BEGIN, CHUNK, CONTEXT, LONG, OTHER, TEXT
 from tta_edge.client import Client
 from tta_edge.client_async import AsyncClient
 from tta_edge.errors import TooManySessions, UnknownSession
 from tta_edge.hosting import pass_bytes
 from tta_runtime import EngineOptions, TextModel, errors
 
-TEXT = "The quick brown fox jumps over the lazy dog, again and again and again."
-OTHER = "Sphinx of black quartz"
-LONG = 1 << 14
-"""Context of a model that can write for a long time."""
-
-
-@pytest.fixture(scope="module")
-def long(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "long"
-    tiny_text.build(path, context=LONG)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(text_bundle):
-    return TextModel.open(text_bundle, options=EngineOptions(threads=1))
-
 
 def least(path):
     """Memory of a session and of the longest text, of a bundle."""
     found = TextModel.open(path, options=EngineOptions(threads=1))
     return found.session_bytes, pass_bytes(found, found.text.context)
-
-
-def sessions(client):
-    return {each.id: each for each in client.status().sessions}
 
 
 def count(server, action, reason):
@@ -73,8 +52,8 @@ def test_what_only_ones_own_session_leaves_no_room_for_is_refused_at_once(text_b
         assert client.status().requests.open == 1  # this one
 
 
-def test_who_waits_for_memory_lets_no_session_go_to_disk_in_vain(long, tmp_path):
-    session_bytes, text_bytes = least(long)
+def test_who_waits_for_memory_lets_no_session_go_to_disk_in_vain(long_text_bundle, tmp_path):
+    session_bytes, text_bytes = least(long_text_bundle)
     settings = {
         "max_session_bytes": text_bytes + 2 * session_bytes,
         "state_dir": str(tmp_path / "state"),
@@ -96,12 +75,12 @@ def test_who_waits_for_memory_lets_no_session_go_to_disk_in_vain(long, tmp_path)
             assert all(score.bits > 0 for score in await asyncio.gather(*waiting))
             assert (await new).absorbed == len(TEXT) * 999
 
-    with running(long, **settings) as server:
+    with running(long_text_bundle, **settings) as server:
         check()
 
 
-def test_a_large_text_waits_for_those_before_it_only(long):
-    session_bytes, text_bytes = least(long)
+def test_a_large_text_waits_for_those_before_it_only(long_text_bundle):
+    session_bytes, text_bytes = least(long_text_bundle)
     done = []
 
     @coroutine
@@ -120,13 +99,13 @@ def test_a_large_text_waits_for_those_before_it_only(long):
                     await anext(stream)
             await asyncio.gather(*tasks)
 
-    with running(long, max_session_bytes=session_bytes + text_bytes) as server:
+    with running(long_text_bundle, max_session_bytes=session_bytes + text_bytes) as server:
         check()
     assert done == ["large", *["small"] * 4]
 
 
-def test_whoever_sleeps_is_cancelled_like_others_and_the_next_goes_on(long):
-    session_bytes, text_bytes = least(long)
+def test_whoever_sleeps_is_cancelled_like_others_and_the_next_goes_on(long_text_bundle):
+    session_bytes, text_bytes = least(long_text_bundle)
 
     @coroutine
     async def check():
@@ -150,14 +129,14 @@ def test_whoever_sleeps_is_cancelled_like_others_and_the_next_goes_on(long):
             await anext(first)
             assert (await client.status()).requests.failures == {"cancelled": 1}
 
-    with running(long, max_session_bytes=session_bytes + text_bytes) as server:
+    with running(long_text_bundle, max_session_bytes=session_bytes + text_bytes) as server:
         check()
 
 
-def test_who_sleeps_for_a_client_that_has_gone_takes_no_place(long):
-    session_bytes, text_bytes = least(long)
+def test_who_sleeps_for_a_client_that_has_gone_takes_no_place(long_text_bundle):
+    session_bytes, text_bytes = least(long_text_bundle)
     with (
-        running(long, max_session_bytes=session_bytes + text_bytes) as server,
+        running(long_text_bundle, max_session_bytes=session_bytes + text_bytes) as server,
         Client(server.endpoint) as two,
         Client(server.endpoint) as watcher,
     ):
@@ -188,7 +167,7 @@ def next_or_closed(stream):
         next(stream, "")
 
 
-def test_a_reset_holds_also_where_the_disk_could_not_forget(text_bundle, model, tmp_path):
+def test_a_reset_holds_also_where_the_disk_could_not_forget(text_bundle, text_model, tmp_path):
     disk = Failing()
     settings = {"state_dir": str(tmp_path / "state"), "disk": disk}
     with running(text_bundle, **settings) as server, Client(server.endpoint) as client:
@@ -203,7 +182,7 @@ def test_a_reset_holds_also_where_the_disk_could_not_forget(text_bundle, model, 
         disk.broken = False
         until(lambda: sessions(client)["a"].durable, bool)
     with running(text_bundle, state_dir=str(tmp_path / "state")) as server, Client(server.endpoint) as client:
-        session = model.session()
+        session = text_model.session()
         session.absorb(list(OTHER.encode()))
         expected = session.score(list(OTHER.encode())).nats.astype(np.float32)
         np.testing.assert_array_equal(client.score(OTHER, "a").nats, expected)
@@ -238,9 +217,9 @@ def test_durable_is_what_the_disk_holds(text_bundle, tmp_path):
 
 
 def test_a_session_that_has_ended_with_its_model_is_no_reason_to_refuse_an_import(
-    text_bundle, long, tmp_path
+    text_bundle, long_text_bundle, tmp_path
 ):
-    with running(long) as server, Client(server.endpoint) as client:
+    with running(long_text_bundle) as server, Client(server.endpoint) as client:
         client.absorb(TEXT, "there")
         data = client.export_session("there")
     link = Link(tmp_path / "link", text_bundle)
@@ -249,26 +228,26 @@ def test_a_session_that_has_ended_with_its_model_is_no_reason_to_refuse_an_impor
         Client(server.endpoint, timeout_s=30.0) as client,
     ):
         client.absorb(TEXT, "a")
-        link.point(long)
+        link.point(long_text_bundle)
         assert client.reload().restarted_streams == 1
         assert client.import_session("a", data).absorbed == len(TEXT)
         assert client.score(OTHER, "a").bits > 0
 
 
-def test_a_reloaded_model_leaves_memory_at_once(text_bundle, long, tmp_path):
+def test_a_reloaded_model_leaves_memory_at_once(text_bundle, long_text_bundle, tmp_path):
     link = Link(tmp_path / "link", text_bundle)
     with running(link.path) as server, Client(server.endpoint, timeout_s=30.0) as client:
         client.score(OTHER)
         old = weakref.ref(server._responder._served.host("").text)
-        link.point(long)
+        link.point(long_text_bundle)
         assert client.reload().changed
         client.status()
         gc.collect()
         assert old() is None
 
 
-def test_a_session_that_went_on_keeps_nothing_of_before(model):
-    session = model.session()
+def test_a_session_that_went_on_keeps_nothing_of_before(text_model):
+    session = text_model.session()
     session.absorb(list(TEXT.encode()))
     session.score(list(OTHER.encode()))
     before = weakref.ref(session.checkpoint)
@@ -278,8 +257,8 @@ def test_a_session_that_went_on_keeps_nothing_of_before(model):
     assert before() is None
 
 
-def test_a_text_that_ends_before_it_has_begun_leaves_the_session_as_it_was(model, tmp_path):
-    zero = torch.zeros(model.manifest.theta.size)
+def test_a_text_that_ends_before_it_has_begun_leaves_the_session_as_it_was(text_model, tmp_path):
+    zero = torch.zeros(text_model.manifest.theta.size)
     first = int(tiny_text.eager_logits([BEGIN, *b"abc"], zero)[-1].argmax())
     tiny_text.build(tmp_path / "bundle", end=first)
     with running(tmp_path / "bundle") as server, Client(server.endpoint) as client:
@@ -290,8 +269,8 @@ def test_a_text_that_ends_before_it_has_begun_leaves_the_session_as_it_was(model
         assert sessions(client)["s"].absorbed == 3
 
 
-def test_a_file_too_large_for_a_session_is_said_to_be_none(text_bundle, model):
+def test_a_file_too_large_for_a_session_is_said_to_be_none(text_bundle, text_model):
     with running(text_bundle) as server, Client(server.endpoint) as client:
         with pytest.raises(errors.TooLarge, match="no session of this bundle"):
-            client.import_session("a", bytes(model.max_state_bytes + 1))
+            client.import_session("a", bytes(text_model.max_state_bytes + 1))
         assert sessions(client) == {}

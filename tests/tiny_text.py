@@ -23,6 +23,10 @@ BEGIN = 256
 CHUNK = 16
 CONTEXT = 96
 VOCABULARY = 257
+LONG = 1 << 14
+"""Context of a bundle that can write for a long time."""
+TEXT = "The quick brown fox jumps over the lazy dog, again and again and again."
+OTHER = "Sphinx of black quartz"
 CONFIG = DecoderConfig(
     vocabulary=VOCABULARY,
     layers=1,
