@@ -11,7 +11,6 @@ Example: python benchmarks/text_speed.py --json text_speed.json
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -32,7 +31,7 @@ from tta_adapters.stream import AttentionMapper
 from tta_edge.client import Client
 from tta_exporters.build_text import TextOptions, build_text
 from tta_exporters.errors import ExtraMissing
-from tta_exporters.sources import load_torchvision
+from tta_exporters.sources import load_transformers
 from tta_runtime import EngineOptions, TextModel, TextSession
 
 CONTEXTS = (256, 1024, 4096, 16384)
@@ -155,7 +154,7 @@ def by_engine(
     try:
         same = llama(decoder)
         engines["eager transformers"] = lambda: greedy(same, prompt, tokens)
-    except ImportError as error:
+    except (ExtraMissing, ImportError) as error:
         print(f"without transformers: {error}", file=sys.stderr)
     expected = engines["eager"]()
     for name, run in engines.items():
@@ -207,11 +206,8 @@ def eager(decoder: Decoder, mapper: AttentionMapper) -> Step:
 
 def llama(decoder: Decoder) -> Step:
     """The same network as `transformers` runs it."""
-    with contextlib.suppress(ExtraMissing):
-        load_torchvision()  # where it is there and does not match torch, transformers cannot be imported before this
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
+    transformers = load_transformers()
+    config = transformers.LlamaConfig(
         vocab_size=CONFIG.vocabulary,
         hidden_size=CONFIG.width,
         intermediate_size=CONFIG.hidden,
@@ -222,7 +218,7 @@ def llama(decoder: Decoder) -> Step:
         rms_norm_eps=CONFIG.eps,
         tie_word_embeddings=True,
     )
-    network: Any = LlamaForCausalLM(config)
+    network: Any = transformers.LlamaForCausalLM(config)
     network.eval().requires_grad_(False)
     network.model.embed_tokens.weight.copy_(decoder.embedding.weight)
     network.model.norm.weight.copy_(decoder.norm.weight)

@@ -12,7 +12,7 @@ from torch import nn
 from tta_adapters.decoder import TARGETS, Decoder, DecoderConfig, Update
 from tta_exporters.errors import NetworkRefused, SourceError, WeightsDoNotFit
 from tta_exporters.language_sources import from_transformers, load_language, read_decoder, write_decoder
-from tta_exporters.sources import load_torchvision
+from tta_exporters.sources import load_transformers
 
 GATED = DecoderConfig(
     vocabulary=257, layers=2, width=32, heads=4, kv_heads=2, head_width=8, hidden=48, context=64
@@ -107,8 +107,8 @@ def test_a_combination_that_is_no_decoder_is_refused(wrong: dict[str, int]) -> N
 
 
 def transformers_model(family: str, **changes: object) -> nn.Module:
-    load_torchvision()
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    transformers = load_transformers()
     torch.manual_seed(0)
     common = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2}
     if family == "gpt2":

@@ -214,9 +214,7 @@ def test_a_library_that_is_not_installed_is_named(
 @pytest.fixture(scope="module")
 def transformers() -> ModuleType:
     needs("transformers")
-    with contextlib.suppress(ExtraMissing):
-        sources.load_torchvision()  # where it does not match torch, transformers cannot be imported before this
-    return importlib.import_module("transformers")
+    return sources.load_transformers()
 
 
 def tiny_config(transformers: ModuleType) -> Any:

@@ -200,6 +200,20 @@ def load_torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
+def load_transformers() -> ModuleType:
+    """transformers, also where the torchvision that is installed does not match this torch.
+
+    Raises:
+        ExtraMissing: it is not installed.
+    """
+    with contextlib.suppress(ExtraMissing):
+        load_torchvision()  # not needed, but transformers imports it where it is installed
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise ExtraMissing("transformers is not installed", "Run `pip install transformers`") from error
+
+
 def _declare_missing_operators() -> None:
     signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
     for name in ("nms", "qnms"):
@@ -254,13 +268,7 @@ def pretrained(directory: str, auto: str, kind: str) -> nn.Module:
     """
     if not (Path(directory) / "config.json").is_file():
         raise SourceError(f"{directory} holds no config.json", "Name a directory saved by save_pretrained")
-    with contextlib.suppress(ExtraMissing):
-        # Not needed, but transformers imports it where it is installed.
-        load_torchvision()
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise ExtraMissing("transformers is not installed", "Run `pip install transformers`") from error
+    transformers = load_transformers()
     try:
         network, found = getattr(transformers, auto).from_pretrained(
             directory,
