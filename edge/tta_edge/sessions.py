@@ -252,7 +252,7 @@ class Sessions:
             if self._store is not None:
                 self._store.used(key)
             return found
-        if self._store is None or key not in self._known():
+        if self._store is None or not self._store.has(key) or key in self._ended:
             return None
         self._store.used(key)
         session = HeldSession(key, language_model(host))

@@ -188,9 +188,7 @@ class Texts:
             if task.host.name == host.name and task.host.text is not host.text:
                 cause = f"bundle `{host.name}` was reloaded meanwhile"
                 self._stop(task, Cancelled(cause, "Repeat the request"))
-        source = self._sources.get(host.name)
-        if source is not None and source.model.model is not host.text:
-            del self._sources[host.name]  # it would keep the old model and its engines in memory
+        self._sources.pop(host.name, None)  # it would keep the old model and its engines in memory
         try:
             return self._sessions.swap(host)
         finally:
@@ -464,10 +462,9 @@ class Texts:
         """The session of a name; for an empty one the source, which nobody changes."""
         if name:
             return self._sessions.find(host, name, at_most)
-        source = self._sources.get(host.name)
-        if source is None or source.model.model is not host.text:
-            source = self._sources[host.name] = HeldSession((host.name, ""), language_model(host))
-        return source
+        if host.name not in self._sources:
+            self._sources[host.name] = HeldSession((host.name, ""), language_model(host))
+        return self._sources[host.name]
 
     def _enter(
         self, host: Host, name: str, tokens: int = 0, *, begins: bool = False, held_bytes: int = 0
