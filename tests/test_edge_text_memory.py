@@ -104,6 +104,22 @@ def test_a_large_text_waits_for_those_before_it_only(long_text_bundle):
     assert done == ["large", *["small"] * 4]
 
 
+def test_a_text_that_is_absorbed_counts_by_its_bytes_not_by_its_characters(long_text_bundle):
+    text = "€" * 20_000
+
+    @coroutine
+    async def check():
+        async with AsyncClient(server.endpoint, timeout_s=60.0) as client:
+            absorbing = asyncio.create_task(client.absorb(text, "a"))
+            while not (held := (await client.status()).text_bytes):
+                assert not absorbing.done()
+            assert held > 12 * len(text.encode())
+            absorbing.cancel()
+
+    with running(long_text_bundle) as server:
+        check()
+
+
 def test_whoever_sleeps_is_cancelled_like_others_and_the_next_goes_on(long_text_bundle):
     session_bytes, text_bytes = least(long_text_bundle)
 

@@ -71,7 +71,7 @@ from tta_runtime.tokens import text_of
 log = logging.getLogger(__name__)
 
 READ_BYTES = 12
-"""Memory for each character of a text while it is absorbed: its bytes as they came, and its tokens twice."""
+"""Memory for each byte of a text while it is absorbed: as it came, as a str, and its token twice."""
 Answer = tuple[Reply, Tensors]
 Steps = Generator["Turn | None", None, Answer]
 """After each run None, or the turn that the request waits for."""
@@ -386,7 +386,8 @@ class Texts:
         began_s = self._clock()
         model = language_model(host)
         text = self._text(tensors["text"], "the text")
-        place = yield from self._enter(host, message.session, begins=True, held_bytes=READ_BYTES * len(text))
+        read_bytes = READ_BYTES * tensors["text"].size
+        place = yield from self._enter(host, message.session, begins=True, held_bytes=read_bytes)
         with closing(place):
             held = place.held
             tokens = array("i", model.tokenizer.encode(text))
